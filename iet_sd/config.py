@@ -1,0 +1,523 @@
+"""Settings: frozen dataclasses, and `load`, which fills them from YAML and the command line.
+
+Every field becomes one flag of the same name, and one key of the YAML file. Lowest first: the
+default below, the ``--config`` file, the flags. In each of these layers ``method`` and ``preset``
+stand for the values they name (`iet_sd.presets`), and what is written out beside them wins; so
+``--preset paper`` also replaces a ``bank_bins`` of the file. Names and defaults are those of diffusers'
+``train_text_to_image.py`` and ``train_text_to_image_lora.py`` where they exist there.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from iet_sd.errors import UserError
+from iet_sd.presets import METHODS, PRESETS
+
+LR_SCHEDULERS = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The model to start from, and what of it is trained."""
+
+    pretrained_model_name_or_path: str
+    """Stable Diffusion 1.x or 2.x: a pipeline folder, or a model id on the Hub."""
+    revision: str | None = None
+    """Revision of the model on the Hub: branch, tag or commit."""
+    variant: str | None = None
+    """Variant of the model files, for example fp16."""
+    train_mode: Literal["full", "lora"] = "full"
+    """Train all weights of the UNet, or a low-rank adapter (LoRA) on its attention."""
+    rank: int = 4
+    """LoRA: rank of the adapter."""
+    lora_alpha: float | None = None
+    """LoRA: scale is alpha / rank. Default: alpha = rank."""
+    lora_dropout: float = 0.0
+    """LoRA: dropout on the adapter's input."""
+    lora_target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
+    """LoRA: names of the layers that get an adapter."""
+    lora_aggregation: Literal["factors", "product"] = "factors"
+    """LoRA: average A and B apart, or average BA and factor it again (SVD, same rank)."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts. Default: what the model's own scheduler says."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+    enable_xformers_memory_efficient_attention: bool = False
+    """Use the attention kernels of xformers (needs a CUDA GPU and requirements-xformers.txt)."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "rank")
+        if not 0 <= self.lora_dropout < 1:
+            raise UserError(f"--lora_dropout must lie in [0, 1); got {self.lora_dropout}.")
+        if self.lora_alpha is not None and self.lora_alpha <= 0:
+            raise UserError(f"--lora_alpha must be above 0; got {self.lora_alpha}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training images and captions, and how an image becomes pixels."""
+
+    dataset_name: str | None = None
+    """A data set on the Hub, or a local folder that `datasets.load_dataset` reads."""
+    dataset_config_name: str | None = None
+    """Configuration of the data set, if it has several."""
+    train_data_dir: str | None = None
+    """Local data: a folder of images with metadata.jsonl, metadata.csv or .txt / .caption files
+    beside the images; a parquet file or a folder of them; or a data set saved to disk."""
+    dataset_split: str = "train"
+    """Split of the data set to train on."""
+    image_column: str = "image"
+    """Column with the image."""
+    caption_column: str = "text"
+    """Column with the caption, or a list of captions of which each visit draws one."""
+    sample_id_column: str | None = None
+    """Column with a stable name per sample. Default: sample_id or file name, else position."""
+    group_column: str | None = None
+    """Column whose equal values mark near-duplicates, kept in one shard by the seeded split."""
+    cache_dir: str | None = None
+    """Where downloaded models and data sets are kept."""
+    max_train_samples: int | None = None
+    """Use only the first so many samples."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An unreadable image: stop and name it, or leave it out and name it."""
+    on_missing_caption: Literal["error", "empty", "skip"] = "error"
+    """An image without a caption: stop and name it, use an empty one, or leave the image out."""
+    resolution: int = 512
+    """Images are resized (shorter edge) and cropped to this many pixels."""
+    center_crop: bool = False
+    """Crop the centre. Default: a random place."""
+    random_flip: bool = False
+    """Flip images left to right at random."""
+    image_interpolation_mode: Literal["lanczos", "bicubic", "bilinear", "box", "nearest"] = (
+        "lanczos"
+    )
+    """Interpolation of the resize."""
+    check_images: Literal["all", "none"] = "all"
+    """Decode every image once before training, so a bad one is found now and not in an hour."""
+    train_batch_size: int = 16
+    """Images in a batch."""
+    dataloader_num_workers: int = 0
+    """Processes that load images. 0: the main process does it."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "resolution", "train_batch_size")
+        _not_negative(self, "dataloader_num_workers")
+        if self.max_train_samples is not None:
+            _positive(self, "max_train_samples")
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UserError(
+                "Name the training data once: --dataset_name for the Hub, or --train_data_dir "
+                f"for local files; got {self.dataset_name!r} and {self.train_data_dir!r}."
+            )
+        if self.resolution % 8:
+            raise UserError(f"--resolution must be a multiple of 8; got {self.resolution}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The method (IET-AGC+, arXiv 2502.09434), every rule of it a setting.
+
+    ``method`` says which parts are on and ``preset`` how they are read; both only fill in values
+    of the other fields, which win when given.
+    """
+
+    method: Literal["iet_agc_plus", "iet_agc", "iet", "none"] = "iet_agc_plus"
+    """iet_agc_plus: all parts. iet_agc: shards and skipping. iet: shards alone. none: plain."""
+    preset: Literal["corrected", "paper"] = "corrected"
+    """corrected: the method with the accidents of the authors' code repaired. paper: as theirs."""
+    num_shards: int = 4
+    """Shards of the data, each with a proxy of the model (K)."""
+    num_rounds: int = 10
+    """Rounds of training; proxies are averaged at their end (R)."""
+    steps_per_round: int | None = None
+    """Steps of each proxy in a round. Default: so that all together make --max_train_steps."""
+    step_unit: Literal["update", "batch"] = "update"
+    """What a step counts: optimizer updates, or batches scored (some of which update nothing)."""
+    shard_split: Literal["seeded", "contiguous"] = "seeded"
+    """Split by seed with every sample used and groups kept together, or slices in file order
+    with the remainder left out."""
+    aggregate_every: int = 1
+    """Average the proxies after every so many rounds (and always after the last)."""
+    aggregation_weights: Literal["size", "uniform"] = "size"
+    """Weight of a proxy: share of the samples its shard holds, or 1/K."""
+    agc: bool = True
+    """Skip samples whose loss is below --agc_threshold times the bank's mean (AGC)."""
+    agc_threshold: float = 0.8
+    """Threshold (lambda) of AGC, a share of the mean loss at that timestep."""
+    bank_decay: float = 0.8
+    """Decay (gamma) of the running mean of losses per timestep."""
+    bank_bins: int = 1000
+    """Bins of neighbouring timesteps in the bank."""
+    bank_bias: Literal["corrected", "raw"] = "corrected"
+    """The running mean starts at 0: divide by its total weight, or leave it too low at first."""
+    empty_batch: Literal["skip", "step"] = "skip"
+    """A batch with nothing to train: no update, or an optimizer step with zero gradient."""
+    taa: bool = True
+    """Train samples near the threshold on an augmented image (TAA)."""
+    taa_sharpness: float = 5.0
+    """Strength is exp(-sharpness * distance from the threshold)."""
+    taa_magnitude: float = 5.0
+    """RandAugment magnitude at strength 1, on its scale of 31 steps."""
+    taa_num_ops: int = 2
+    """RandAugment operations per image."""
+    taa_strength: Literal["sample", "batch"] = "sample"
+    """Each sample's own strength, or the mean over the batch cut to a whole magnitude."""
+    taa_min_strength: float = 0.1
+    """Below this strength a sample is trained from the scoring pass itself, not augmented."""
+    taa_redraw_timestep: bool = False
+    """Draw a new timestep for the augmented image (the noise is always new)."""
+    taa_leftovers: Literal["train", "drop"] = "train"
+    """Train all kept samples, or wait for a full batch of them and drop what exceeds it."""
+    msr: bool = True
+    """Move the most skipped samples to the next shard (MSR)."""
+    msr_every: int = 2
+    """Move samples in the first of every so many rounds."""
+    msr_fraction: float = 0.25
+    """Share of a shard that moves."""
+    msr_min_skips: int = 1
+    """Only samples skipped at least so often move."""
+    msr_ties: Literal["seed", "index"] = "seed"
+    """Samples skipped equally often: order by seed, or the authors' order of positions."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_shards", "num_rounds", "bank_bins", "aggregate_every", "msr_every")
+        _positive(self, "taa_num_ops")
+        _not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
+        _not_negative(self, "msr_min_skips")
+        if self.steps_per_round is not None:
+            _positive(self, "steps_per_round")
+        for name in ("bank_decay", "msr_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if self.bank_bins > 1000:
+            raise UserError(f"--bank_bins must be at most 1000 (timesteps); got {self.bank_bins}.")
+        if self.taa and not self.agc:
+            raise UserError(
+                "--taa needs --agc: its strength is the distance from AGC's threshold. "
+                "Switch AGC on, or use --no-taa."
+            )
+        if self.msr and not self.agc:
+            raise UserError(
+                "--msr needs --agc: it moves the samples that AGC skips most. "
+                "Switch AGC on, or use --no-msr."
+            )
+        if self.msr and self.num_shards == 1:
+            raise UserError(
+                "--msr moves samples between shards, and --num_shards is 1. "
+                "Use more shards, or --no-msr."
+            )
+        if self.method == "none" and (self.num_shards > 1 or self.agc):
+            raise UserError(
+                "--method none is plain fine-tuning: one shard, no AGC, TAA or MSR. For shards "
+                "alone use --method iet, with skipping --method iet_agc."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation, precision, and what is written where."""
+
+    output_dir: str = "sd-model-finetuned"
+    """Folder of the result: the pipeline or LoRA, metrics.jsonl, logs and checkpoints."""
+    overwrite_output_dir: bool = False
+    """Allow --output_dir to hold the result of an earlier run, and replace it."""
+    seed: int | None = None
+    """Seed of everything random. Default: drawn once and written to training_config.yaml."""
+    num_train_epochs: int = 100
+    """Passes over the data, if neither --max_train_steps nor --steps_per_round is given."""
+    max_train_steps: int | None = None
+    """Optimizer updates of all proxies together, split over shards and rounds."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size and gradient accumulation steps."""
+    lr_scheduler: LR_SCHEDULERS = "constant"
+    """Learning-rate schedule; it counts the updates of one proxy over all rounds."""
+    lr_warmup_steps: int = 500
+    """Updates of a proxy during which the learning rate rises from 0, where the schedule warms up."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer update."""
+    adam_beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """AdamW: weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW: epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of forward passes; trained weights are always fp32. Default: accelerate's."""
+    allow_tf32: bool = False
+    """Allow TF32 matrix products on Ampere GPUs: faster, less exact."""
+    snr_gamma: float | None = None
+    """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares unweighted losses."""
+    noise_offset: float = 0.0
+    """Scale of an offset of the noise, one number per image and channel."""
+    checkpointing_rounds: int = 1
+    """Save a checkpoint after every so many rounds (0: none)."""
+    checkpoints_total_limit: int | None = None
+    """Keep only so many checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint: its folder, or "latest" for the newest one in --output_dir."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
+    """Tracker for curves and images. metrics.jsonl is always written."""
+    logging_dir: str = "logs"
+    """Folder of the tracker's files, under --output_dir."""
+    tracker_project_name: str = "iet-sd-fine-tune"
+    """Project name in the tracker."""
+    validation_prompts: tuple[str, ...] | None = None
+    """Prompts drawn during training and for the sample grid at the end."""
+    validation_rounds: int | None = None
+    """Draw --validation_prompts after every so many rounds. Default: only at the end."""
+    num_validation_images: int = 4
+    """Images per validation prompt."""
+    validation_inference_steps: int = 25
+    """Denoising steps of validation images."""
+    dry_run: bool = False
+    """Print the resolved settings, shard sizes, updates, memory and time, then stop."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_train_epochs", "gradient_accumulation_steps", "num_validation_images")
+        _positive(self, "learning_rate", "max_grad_norm", "validation_inference_steps")
+        _not_negative(self, "lr_warmup_steps", "adam_weight_decay", "noise_offset")
+        _not_negative(self, "checkpointing_rounds")
+        for name in (
+            "max_train_steps",
+            "snr_gamma",
+            "validation_rounds",
+            "checkpoints_total_limit",
+        ):
+            if getattr(self, name) is not None:
+                _positive(self, name)
+        if self.validation_rounds and not self.validation_prompts:
+            raise UserError("--validation_rounds needs --validation_prompts.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a training run."""
+
+    model: ModelConfig
+    data: DataConfig
+    method: MethodConfig
+    training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        given = self.method.steps_per_round is not None, self.training.max_train_steps is not None
+        if all(given):
+            raise UserError(
+                "--steps_per_round and --max_train_steps both set the length of training: "
+                "give one of them."
+            )
+        drops = self.method.taa and self.method.taa_leftovers == "drop"
+        if drops and self.training.gradient_accumulation_steps > 1:
+            raise UserError(
+                "--taa_leftovers drop (preset paper) makes a batch of its own for every update "
+                "and does not go with --gradient_accumulation_steps above 1."
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as one flat mapping, as the YAML file has them."""
+        return {
+            f.name: list(value) if isinstance(value := getattr(part, f.name), tuple) else value
+            for part in (self.model, self.data, self.method, self.training)
+            for f in dataclasses.fields(part)
+        }
+
+
+# Two ways to say one thing: a later layer that uses one of them lets go of the other.
+_EXCLUSIVE = (("steps_per_round", "max_train_steps"), ("dataset_name", "train_data_dir"))
+
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "method": MethodConfig,
+    "training": TrainingConfig,
+}
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The settings of a command line, with the file of ``--config`` as defaults.
+
+    Errors: `UserError` for an unknown key, a value of the wrong type, or a contradiction.
+    """
+    flags = vars(build_parser().parse_args(argv))
+    path = flags.pop("config", None)
+    return from_layers(_read_yaml(Path(path)) if path else {}, flags)
+
+
+def from_layers(*layers: dict[str, Any]) -> Config:
+    """Settings from flat mappings, the later ones winning over the earlier."""
+    known = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+    choices = {"preset": PRESETS, "method": METHODS}
+    values: dict[str, Any] = {}
+    for layer in ({name: known[name].default for name in choices}, *layers):
+        for one, other in (*_EXCLUSIVE, *[pair[::-1] for pair in _EXCLUSIVE]):
+            if one in layer and other not in layer:
+                values.pop(other, None)
+        for name, choice in choices.items():
+            if name in layer:
+                values |= choice[layer[name]]
+        values |= layer
+    if "pretrained_model_name_or_path" not in values:
+        raise UserError(
+            "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
+        )
+    return Config(
+        **{
+            section: cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
+            for section, cls in SECTIONS.items()
+        }
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag a field, its text the docstring under the field."""
+    parser = argparse.ArgumentParser(
+        prog="train_iet_sd.py",
+        description="Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains "
+        "without memorizing the training images. Start with accelerate launch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file with defaults for the flags below")
+    for cls in SECTIONS.values():
+        title = cls.__name__.removesuffix("Config").lower()
+        group = parser.add_argument_group(title, inspect.cleandoc(cls.__doc__ or "").split("\n")[0])
+        docs, hints = _field_docs(cls), typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            options = _flag_options(hints[field.name])
+            text = docs[field.name].replace("%", "%%")
+            if field.default is dataclasses.MISSING:
+                text += " (required)"
+            elif field.default is not None and not isinstance(field.default, tuple):
+                text += f" (default: {field.default})"
+            elif isinstance(field.default, tuple):
+                text += f" (default: {' '.join(field.default)})"
+            # SUPPRESS keeps a flag that was not given out of the result, so the file can fill it.
+            group.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _flag_options(hint: Any) -> dict[str, Any]:
+    """Keyword arguments of ``add_argument`` for a field's type."""
+    hint = _without_none(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "metavar": "TEXT", "action": _StoreTuple}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+class _StoreTuple(argparse.Action):
+    """Stores several values as a tuple, so that settings stay hashable."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return hint
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A flat YAML mapping with every key known and every value of its field's type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--config {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `name: value`, got {content!r:.80}.")
+    hints = {
+        name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {key: _checked(key, value, hints, path) for key, value in content.items()}
+
+
+def _checked(key: str, value: Any, hints: dict[str, Any], path: Path) -> Any:
+    """``value`` as the type of field ``key``, or a `UserError` that names key and file."""
+    if key not in hints:
+        close = _close_matches(str(key), hints)
+        raise UserError(f"--config {path}: unknown key {key!r}.{close}")
+    hint, bare = hints[key], _without_none(hints[key])
+    if value is None and hint is not bare:
+        return None
+    if typing.get_origin(bare) is Literal:
+        if value is False and "no" in typing.get_args(bare):
+            value = "no"  # YAML reads a bare `no` as false
+        if value in typing.get_args(bare):
+            return value
+        expected = "one of " + ", ".join(typing.get_args(bare))
+    elif typing.get_origin(bare) is tuple:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        expected = "a list of texts"
+    elif bare is float:
+        # YAML reads 1e-4 as a text, since its numbers need a point.
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+        expected = "a number"
+    elif isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
+        return value
+    else:
+        expected = {"int": "a whole number", "str": "a text", "bool": "true or false"}[
+            bare.__name__
+        ]
+    raise UserError(f"--config {path}: {key} must be {expected}; got {value!r}.")
+
+
+def _close_matches(key: str, known: typing.Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else " See --help for the known names."
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, by field name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise UserError(f"--{name} must be above 0; got {getattr(config, name)}.")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise UserError(f"--{name} must not be negative; got {getattr(config, name)}.")

@@ -1,0 +1,285 @@
+"""One step of a proxy: score a batch, decide what to train on, and leave the gradient.
+
+Data flows one way: batch -> latents, text embeddings -> timesteps, noise -> loss per sample ->
+(detached) comparison with the bank -> keep mask, strength, new bank -> mean over what is trained,
+with a second, augmented pass for samples near the threshold -> gradient. No I/O but for the
+augmented images, no collective, no optimizer. Shapes: B samples of a batch, Q of the second pass.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from iet_sd import diffusion
+from iet_sd.config import MethodConfig
+from iet_sd.data.dataset import TrainingImages, collate
+from iet_sd.data.shards import Visit
+from iet_sd.errors import UserError
+from iet_sd.method import agc, taa
+from iet_sd.models.loading import Components
+
+
+class Pending(NamedTuple):
+    """A kept sample that waits for its augmented pass."""
+
+    index: int
+    seed: int
+    timestep: int
+    strength: float
+
+
+@dataclass
+class Counts:
+    """What a step, round or run did; all plain sums."""
+
+    steps: int = 0
+    """Batches' worth of scoring, one per attempted update."""
+    updates: int = 0
+    """Optimizer updates."""
+    scored: int = 0
+    """Samples compared with the bank."""
+    skipped: int = 0
+    """Samples below the threshold."""
+    trained: int = 0
+    """Samples whose loss entered an update, augmented or not."""
+    augmented: int = 0
+    """Of these, the ones trained on an augmented image."""
+    dropped: int = 0
+    """Kept samples that were thrown away (``taa_leftovers drop``)."""
+    forward: int = 0
+    """Samples through the UNet, forward."""
+    backward: int = 0
+    """Samples through the UNet, backward."""
+    encoded: int = 0
+    """Images through the VAE encoder."""
+    loss_sum: float = 0.0
+    """Sum of the unweighted losses of the scored samples."""
+    strength_sum: float = 0.0
+    """Sum of the strengths of the augmented samples."""
+
+    def __iadd__(self, other: "Counts") -> "Counts":
+        """Add another count to this one."""
+        for f in fields(self):
+            setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
+        return self
+
+
+@dataclass
+class Memory:
+    """What the method remembers of a shard: the bank, and kept samples not yet trained."""
+
+    bank: agc.Bank
+    queue: list[Pending] = field(default_factory=list)
+
+
+class Objective:
+    """The loss per sample of a Stable Diffusion, with every draw derived from a sample's seed."""
+
+    def __init__(
+        self,
+        components: Components,
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        noise_offset: float = 0.0,
+        snr_gamma: float | None = None,
+    ) -> None:
+        """``autocast`` makes the context of the UNet's forward pass (mixed precision)."""
+        self.components = components
+        self.device = device
+        self.autocast = autocast
+        self.noise_offset = noise_offset
+        self.snr_gamma = snr_gamma
+
+    def draw_timesteps(self, seeds_B: Sequence[int], purpose: str) -> Tensor:
+        """Uniform timesteps, int64 (B,), on the CPU."""
+        return diffusion.draw_timesteps(seeds_B, purpose, self.components.num_train_timesteps)
+
+    def loss(self, batch: dict[str, Tensor], timesteps_B: Tensor, purpose: str) -> Tensor:
+        """The squared error of the UNet on each sample: float32 (B,), with gradient if enabled.
+
+        ``purpose`` keeps the draws of a second pass apart from those of the first.
+        """
+        parts, seeds_B = self.components, batch["seed"].tolist()
+        timesteps = timesteps_B.to(self.device)
+        with torch.no_grad():
+            pixels = batch["pixel_values"].to(self.device, parts.vae.dtype, non_blocking=True)
+            posterior = parts.vae.encode(pixels).latent_dist
+            shape = posterior.mean.shape[1:]
+            sample = diffusion.draw_noise(seeds_B, f"{purpose}/posterior", shape)
+            latents = posterior.mean + posterior.std * sample.to(posterior.mean)
+            latents = latents * parts.vae.config.scaling_factor
+            noise = diffusion.draw_noise(seeds_B, f"{purpose}/noise", shape, self.noise_offset)
+            noisy_latents, target = diffusion.add_noise_and_target(
+                parts.noise_scheduler, latents, noise.to(latents), timesteps
+            )
+            input_ids = batch["input_ids"].to(self.device, non_blocking=True)
+            encoder_hidden_states = parts.text_encoder(input_ids, return_dict=False)[0]
+        with self.autocast():
+            model_pred = parts.unet(
+                noisy_latents, timesteps, encoder_hidden_states, return_dict=False
+            )[0]
+        return diffusion.per_sample_loss(model_pred, target)
+
+    def weight(self, loss_B: Tensor, timesteps_B: Tensor) -> Tensor:
+        """The loss as it is trained on: weighted by min-SNR where asked for."""
+        if self.snr_gamma is None:
+            return loss_B
+        timesteps = timesteps_B.to(loss_B.device)
+        return loss_B * diffusion.snr_weights(
+            self.components.noise_scheduler, timesteps, self.snr_gamma
+        )
+
+
+class Decision(NamedTuple):
+    """What becomes of each sample of a batch; on the CPU."""
+
+    keep_B: Tensor
+    """bool: not skipped."""
+    second_pass_B: Tensor
+    """bool: kept, and near enough to the threshold to be augmented."""
+    strength_B: Tensor
+    """float32: strength of the augmentation."""
+    bank: agc.Bank
+    """The bank after the batch."""
+
+
+def decide(
+    loss_B: Tensor, timesteps_B: Tensor, bank: agc.Bank, method: MethodConfig, timesteps: int
+) -> Decision:
+    """AGC and TAA on a batch of losses; the bank is read for all of it before it is updated."""
+    bins_B = agc.bin_of(timesteps_B, len(bank.value_T), timesteps)
+    reference_B = agc.reference(bank, bins_B, method.bank_decay, method.bank_bias)
+    keep_B = torch.ones_like(loss_B, dtype=torch.bool)
+    strength_B = torch.zeros_like(loss_B)
+    second_pass_B = ~keep_B
+    if method.agc:
+        keep_B = agc.keep_mask(loss_B, reference_B, method.agc_threshold)
+    if method.taa:
+        strength_B = taa.strength(
+            loss_B, reference_B, method.agc_threshold, method.taa_sharpness
+        )
+        second_pass_B = keep_B & (strength_B >= method.taa_min_strength)
+    return Decision(
+        keep_B,
+        second_pass_B,
+        strength_B,
+        agc.update_bank(bank, bins_B, loss_B, method.bank_decay),
+    )
+
+
+def take(queue: list[Pending], batch_size: int, leftovers: str) -> tuple[list[Pending], int]:
+    """What to train of the queue now, and how many of it to drop; the queue is left accordingly.
+
+    ``train``: all of it. ``drop``: nothing until a batch is full, then one batch, and the rest is
+    lost, as in the authors' code.
+    """
+    if leftovers == "drop" and len(queue) < batch_size:
+        return [], 0
+    taken = queue[:batch_size] if leftovers == "drop" else queue[:]
+    dropped = len(queue) - len(taken)
+    queue.clear()
+    return taken, dropped
+
+
+def accumulate_gradient(
+    objective: Objective,
+    batch: dict[str, Tensor],
+    memory: Memory,
+    method: MethodConfig,
+    dataset: TrainingImages,
+    backward: Callable[[Tensor], None],
+) -> tuple[Counts, Tensor]:
+    """Score a batch and call ``backward`` on the mean loss over what it gives to train on.
+
+    Returns what was done (``trained`` 0: no gradient was added) and the indices of the skipped
+    samples. ``memory`` is updated. Errors: `UserError` on a loss that is not finite.
+    """
+    timesteps_B = objective.draw_timesteps(batch["seed"].tolist(), "score/timestep")
+    size = len(timesteps_B)
+    # With no strength below the minimum every kept sample has a second pass: only score.
+    trains_directly = not method.taa or method.taa_min_strength > 0
+    with torch.set_grad_enabled(trains_directly):
+        loss_B = objective.loss(batch, timesteps_B, "score")
+    seen_B = loss_B.detach().cpu()
+    check_finite(seen_B, timesteps_B, batch, dataset)
+    decision = decide(
+        seen_B, timesteps_B, memory.bank, method, objective.components.num_train_timesteps
+    )
+    memory.bank = decision.bank
+    memory.queue += [
+        Pending(
+            int(batch["index"][i]),
+            int(batch["seed"][i]),
+            int(timesteps_B[i]),
+            float(decision.strength_B[i]),
+        )
+        for i in decision.second_pass_B.nonzero().flatten().tolist()
+    ]
+    taken, dropped = take(memory.queue, size, method.taa_leftovers)
+    direct_B = decision.keep_B & ~decision.second_pass_B
+    direct = int(direct_B.sum())
+    trained = direct + len(taken)
+    counts = Counts(
+        steps=1,
+        scored=size,
+        skipped=size - int(decision.keep_B.sum()),
+        trained=trained,
+        augmented=len(taken),
+        dropped=dropped,
+        forward=size,
+        encoded=size,
+        loss_sum=float(seen_B.sum()),
+        strength_sum=sum(pending.strength for pending in taken),
+    )
+    if direct:
+        weighted_B = objective.weight(loss_B, timesteps_B)
+        backward((weighted_B * direct_B.to(loss_B.device)).sum() / trained)
+        counts.backward += size
+    if taken:
+        # After the first graph is freed, so that two passes need the memory of one.
+        backward(augmented_loss(objective, taken, method, dataset).sum() / trained)
+        counts.forward += len(taken)
+        counts.backward += len(taken)
+        counts.encoded += len(taken)
+    return counts, batch["index"][~decision.keep_B]
+
+
+def augmented_loss(
+    objective: Objective, taken: list[Pending], method: MethodConfig, dataset: TrainingImages
+) -> Tensor:
+    """The loss of the samples on augmented images, with new noise: float32 (Q,)."""
+    strength_Q = torch.tensor([pending.strength for pending in taken])
+    magnitude_Q = taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength)
+    batch = collate(
+        [
+            dataset.example(Visit(p.index, p.seed), magnitude, method.taa_num_ops)
+            for p, magnitude in zip(taken, magnitude_Q, strict=True)
+        ]
+    )
+    if method.taa_redraw_timestep:
+        timesteps_Q = objective.draw_timesteps(batch["seed"].tolist(), "augmented/timestep")
+    else:
+        timesteps_Q = torch.tensor([pending.timestep for pending in taken])
+    loss_Q = objective.loss(batch, timesteps_Q, "augmented")
+    return objective.weight(loss_Q, timesteps_Q)
+
+
+def check_finite(
+    loss_B: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor], dataset: TrainingImages
+) -> None:
+    """Raise `UserError` naming samples and timesteps if a loss is NaN or infinite.
+
+    A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
+    """
+    bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return
+    names = [f"{dataset.sample_ids[batch['index'][i]]} (t={int(timesteps_B[i])})" for i in bad[:5]]
+    raise UserError(
+        f"The loss is not finite for {len(bad)} of {len(loss_B)} samples: {', '.join(names)}. "
+        "Lower --learning_rate, look at these images, or train without --mixed_precision fp16."
+    )

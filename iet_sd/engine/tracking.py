@@ -1,0 +1,93 @@
+"""metrics.jsonl: what every shard did in every round, one JSON object a line.
+
+Per round: one line a shard (``"kind": "shard"``), then one for the round (``"kind": "round"``).
+"""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from iet_sd.engine.rounds import RoundDone, ShardDone
+from iet_sd.engine.step import Counts
+
+
+def rates(counts: Counts) -> dict[str, float]:
+    """The ratios people ask for: mean loss, skip rate, share augmented, mean strength."""
+    return {
+        "loss": counts.loss_sum / max(counts.scored, 1),
+        "skip_rate": counts.skipped / max(counts.scored, 1),
+        "share_augmented": counts.augmented / max(counts.trained, 1),
+        "mean_strength": counts.strength_sum / max(counts.augmented, 1),
+    }
+
+
+def shard_line(event: ShardDone) -> dict[str, Any]:
+    """The line of one shard. ``loss`` is over all scored samples, unweighted."""
+    counts = asdict(event.counts)
+    del counts["loss_sum"], counts["strength_sum"]
+    return {
+        "kind": "shard",
+        "round": event.round,
+        "shard": event.shard,
+        "size": event.size,
+        **rates(event.counts),
+        **counts,
+        "learning_rate": event.learning_rate,
+        "seconds": event.seconds,
+        "peak_memory": event.peak_memory,
+    }
+
+
+def round_line(event: RoundDone) -> dict[str, Any]:
+    """The line of one round: sums and ratios over its shards."""
+    total = Counts()
+    for shard in event.shards:
+        total += shard.counts
+    counts = asdict(total)
+    del counts["loss_sum"], counts["strength_sum"]
+    return {
+        "kind": "round",
+        "round": event.round,
+        **rates(total),
+        **counts,
+        "aggregated": event.aggregated,
+        "moved": event.moved_K,
+        "lora_gap": event.lora_gap,
+        "seconds": event.seconds,
+        "peak_memory": max(shard.peak_memory for shard in event.shards),
+    }
+
+
+class MetricsFile:
+    """Appends the lines of a round at once; for the main process only."""
+
+    def __init__(self, path: Path, rounds_done: int) -> None:
+        """Keep the lines of the first ``rounds_done`` rounds, if the file is there."""
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() and rounds_done else []
+        kept = [line for line in map(json.loads, lines) if line["round"] <= rounds_done]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def add(self, event: RoundDone) -> list[dict[str, Any]]:
+        """Write the round's lines, and return them."""
+        lines = [*map(shard_line, event.shards), round_line(event)]
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+        return lines
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """The rounds as a text table, one row a round."""
+    head = "round   loss  skipped  augmented  strength  moved  updates  trained  seconds"
+    rows = [
+        f"{line['round']:5d}  {line['loss']:.3f}  {line['skip_rate']:7.1%}"
+        f"  {line['share_augmented']:9.1%}  {line['mean_strength']:8.2f}  {sum(line['moved']):5d}"
+        f"  {line['updates']:7d}  {line['trained']:7d}  {line['seconds']:7.1f}"
+        for line in lines
+        if line["kind"] == "round"
+    ]
+    return "\n".join([head, *rows])

@@ -1,0 +1,1 @@
+"""The method: functions of tensors, each after one rule of the papers."""

@@ -1,0 +1,46 @@
+"""Methods and presets as data: values of `MethodConfig` fields, nothing else.
+
+``METHODS`` switches parts on and off; ``PRESETS`` reads the rules as the authors' code does
+(``paper``) or with its accidents repaired (``corrected``). There is one implementation.
+"""
+
+from typing import Any
+
+METHODS: dict[str, dict[str, Any]] = {
+    # Odd rounds redistribute, even rounds average: two local rounds lie between two averages.
+    "iet_agc_plus": {"agc": True, "taa": True, "msr": True, "aggregate_every": 2},
+    "iet_agc": {"agc": True, "taa": False, "msr": False, "aggregate_every": 1},
+    "iet": {"agc": False, "taa": False, "msr": False, "aggregate_every": 1},
+    "none": {"agc": False, "taa": False, "msr": False, "aggregate_every": 1, "num_shards": 1},
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "aggregation_weights": "uniform",
+        "bank_bias": "raw",
+        "bank_bins": 1000,
+        "taa_strength": "batch",
+        "taa_leftovers": "drop",
+        "step_unit": "batch",
+        "taa_min_strength": 0.0,
+        "taa_redraw_timestep": True,
+        "msr_min_skips": 0,
+        "msr_ties": "index",
+        "empty_batch": "step",
+        "shard_split": "contiguous",
+    },
+    "corrected": {
+        "aggregation_weights": "size",
+        "bank_bias": "corrected",
+        "bank_bins": 50,
+        "taa_strength": "sample",
+        "taa_leftovers": "train",
+        "step_unit": "update",
+        "taa_min_strength": 0.1,
+        "taa_redraw_timestep": False,
+        "msr_min_skips": 1,
+        "msr_ties": "seed",
+        "empty_batch": "skip",
+        "shard_split": "seeded",
+    },
+}

@@ -1,0 +1,68 @@
+"""Pictures from a pipeline, one seed an image: the same whatever the batch they are drawn in."""
+
+import math
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+
+from iet_sd.seeding import seed_for
+
+
+@torch.no_grad()
+def sample(
+    pipeline: StableDiffusionPipeline,
+    prompts: Sequence[str],
+    per_prompt: int,
+    seed: int,
+    resolution: int,
+    inference_steps: int,
+    guidance_scale: float = 7.5,
+) -> list[list[Image.Image]]:
+    """``per_prompt`` images for each prompt; image i of prompt p depends on (seed, p, i) only."""
+    rows = []
+    with _evaluating(pipeline.unet):
+        for prompt_index, prompt in enumerate(prompts):
+            generators = [
+                torch.Generator().manual_seed(seed_for(seed, "sample", prompt_index, image))
+                for image in range(per_prompt)
+            ]
+            output = pipeline(
+                [prompt] * per_prompt,
+                height=resolution,
+                width=resolution,
+                num_inference_steps=inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generators,
+            )
+            rows.append(output.images)
+    return rows
+
+
+def grid(rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
+    """One sheet: a row of images a prompt, with the prompt under it. Small images are enlarged."""
+    width, height = rows[0][0].size
+    zoom = max(1, math.ceil(128 / width))
+    width, height, line = width * zoom, height * zoom, 20
+    columns = max(len(row) for row in rows)
+    sheet = Image.new("RGB", (columns * width, len(rows) * (height + line)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        top = r * (height + line)
+        for c, image in enumerate(row):
+            sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), (c * width, top))
+        draw.text((4, top + height + 3), prompt, fill="black")
+    return sheet
+
+
+@contextmanager
+def _evaluating(module: torch.nn.Module):
+    """Dropout off while drawing, and the mode as it was afterwards."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)
