@@ -1,0 +1,146 @@
+"""Checks of the training data before a run: columns, captions, images."""
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from tqdm.auto import tqdm
+
+from iet_sd.config import DataConfig
+from iet_sd.data.captions import texts
+from iet_sd.data.images import decode, read_bytes
+from iet_sd.errors import UserError
+
+_TEXT_TYPES = ("string", "large_string", "string_view")
+_BATCH = 256
+# Fewer images than this are checked before a progress bar could be read.
+_BAR_FROM = 1000
+# Samples an error lists by name.
+_LISTED = 5
+
+
+def cells(rows: Dataset, column: str) -> list[Any]:
+    """All values of a column."""
+    return rows.select_columns([column])[:][column]
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def require_column(
+    rows: Dataset, flag: str, column: str, kind: str, fits: Callable[[Any], bool]
+) -> None:
+    """Asks for a column whose type ``fits``, and suggests those that do.
+
+    Errors: `UserError` if the column is not there, or not of that ``kind``.
+    """
+    found = rows.features
+    if column in found and fits(found[column]):
+        return
+    what = f"holds {found[column]}, not {kind}" if column in found else "does not exist"
+    able = [name for name in found if fits(found[name])]
+    advice = f"for example --{flag} {able[0]}" if able else f"but none holds {kind}"
+    raise UserError(
+        f"--{flag}: column {column!r} {what}. Columns found: {', '.join(found)}; {advice}."
+    )
+
+
+def is_text(feature: Any) -> bool:
+    """Whether a column is of texts or lists of texts, by its type."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+    return isinstance(feature, datasets.Value) and feature.dtype in _TEXT_TYPES
+
+
+def is_name(feature: Any) -> bool:
+    """Whether a column is of single texts or whole numbers, by its type."""
+    return isinstance(feature, datasets.Value | datasets.ClassLabel) and (
+        feature.dtype in _TEXT_TYPES or "int" in feature.dtype
+    )
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a column is of images or of encoded files, by its type."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    if isinstance(feature, datasets.Value):
+        return feature.dtype in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image)
+
+
+def missing_captions(rows: Dataset, names: list[str], config: DataConfig) -> dict[int, str]:
+    """Positions of the rows to leave out since they have no caption, with the reason.
+
+    Errors: `UserError` if the settings do not allow for any.
+    """
+    values = cells(rows, config.caption_column)
+    missing = [i for i, value in enumerate(values) if not texts(value, names[i])]
+    if config.on_missing_caption == "empty":
+        return {}
+    if config.on_missing_caption == "skip" or not missing:
+        return dict.fromkeys(missing, "no caption")
+    raise UserError(
+        f"{len(missing)} of {len(rows)} images have no caption: "
+        f"{listed([names[i] for i in missing])}. Caption them, or use --on_missing_caption skip "
+        "to leave them out, or --on_missing_caption empty to train them with an empty one."
+    )
+
+
+def look_at_images(
+    rows: Dataset, names: list[str], config: DataConfig
+) -> tuple[list[str | None], dict[int, str]]:
+    """Hash of every image file, or None; and why the bad images cannot be read, by position.
+
+    Images are decoded as --check_images says, and files not even read if nothing needs it.
+    Errors: `UserError` for bad images, all in one, if the settings do not allow for them.
+    """
+    check = config.check_images == "all"
+    if not check and config.group_column is not None:
+        return [None] * len(rows), {}
+    digests: list[str | None] = []
+    reasons: list[str | None] = []
+    remaining = iter(names)
+    bar = tqdm(total=len(rows), desc="Checking images", disable=len(rows) < _BAR_FROM, leave=False)
+    with bar, ThreadPoolExecutor() as pool:
+        # Batch by batch, since a pool takes in all of its input at once.
+        for batch in rows.select_columns([config.image_column]).iter(_BATCH):
+            records = batch[config.image_column]
+            looks = pool.map(_look, records, remaining, repeat(check))
+            for digest, reason in looks:
+                digests.append(digest)
+                reasons.append(reason)
+            bar.update(len(records))
+    bad = {i: reason for i, reason in enumerate(reasons) if reason}
+    if bad and config.on_bad_image == "error":
+        _raise_bad(bad, names)
+    return digests, bad
+
+
+def _look(record: dict[str, Any] | None, name: str, check: bool) -> tuple[str | None, str | None]:
+    """Hash of an image file; and, if it is to be checked, why it cannot be read."""
+    try:
+        if check:
+            decode(record, name)
+        return hashlib.blake2b(read_bytes(record), digest_size=16).hexdigest(), None
+    except UserError as error:
+        return None, str(error).removeprefix(f"{name}: ")
+    except (OSError, ValueError):
+        return None, None  # not to be checked: decoding will report it when the image is met
+
+
+def _raise_bad(bad: dict[int, str], names: list[str]) -> None:
+    lines = [f"  {names[i]}: {reason}" for i, reason in list(bad.items())[:_LISTED]]
+    if len(bad) > _LISTED:
+        lines.append(f"  and {len(bad) - _LISTED} more")
+    raise UserError(
+        f"{len(bad)} of {len(names)} images cannot be read:\n"
+        + "\n".join(lines)
+        + "\nRepair or remove them, or use --on_bad_image skip to leave them out."
+    )

@@ -1,0 +1,200 @@
+"""A local folder of images, captioned by metadata files or by text files beside the images.
+
+It is read here and not by datasets' ``imagefolder``, which knows no text files and leaves out
+images without a word: those the metadata do not name, and all but ``train.png`` if there is one,
+since it takes the name for that of a split.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+from datasets import Dataset, Features, Image, List, Value
+
+from iet_sd.config import DataConfig
+from iet_sd.data.captions import texts
+from iet_sd.errors import UserError
+
+IMAGE_SUFFIXES = (
+    *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
+    *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
+)
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+SIDECAR_SUFFIXES = (".caption", ".txt")
+# Folders of these names at the top hold splits, if all images lie in such folders.
+SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}
+
+
+def walk(root: Path) -> list[Path]:
+    """All files under ``root``, sorted, relative to it; hidden ones and their folders left out."""
+    found = []
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(path.relative_to(root) for path in found)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
+    """The images of ``root`` with a list of captions each, the metadata's order first.
+
+    Columns: the image (undecoded), the captions, ``sample_id`` (path within ``root``, unless the
+    metadata have such a column), and what else the metadata hold, as texts.
+
+    files: what `walk` found.
+    Errors: `UserError` for metadata that cannot be read, a split or caption column that does not
+    exist, or a folder without captions.
+    """
+    rows = _metadata(root, files)
+    columns = sorted({column for row in rows.values() for column in row} - {"file_name"})
+    # Images no metadata name come last: they may have a text file.
+    paths = list(dict.fromkeys([*rows, *filter(is_image, files)]))
+    paths = _of_split(paths, root, config.dataset_split)
+    captions = [
+        texts(rows.get(path, {}).get(config.caption_column), path.as_posix())
+        or _sidecar(root / path)
+        for path in paths
+    ]
+    if config.caption_column not in columns and not any(captions):
+        _explain_no_captions(root, rows, columns, config)
+    content: dict[str, list[Any]] = {"sample_id": [path.as_posix() for path in paths]}
+    for column in columns:
+        values = [rows.get(path, {}).get(column) for path in paths]
+        content[column] = [None if value is None else str(value) for value in values]
+    features = dict.fromkeys(content, Value("string"))
+    features[config.caption_column] = List(Value("string"))
+    features[config.image_column] = Image(decode=False)
+    content[config.caption_column] = captions
+    content[config.image_column] = [str(root / path) for path in paths]
+    return Dataset.from_dict(content, features=Features(features))
+
+
+def _of_split(paths: list[Path], root: Path, split: str) -> list[Path]:
+    """The paths in the folders of ``split``; all, as train, if the folder is not so divided."""
+    tops = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in paths}
+    divided = tops <= SPLIT_FOLDERS.keys()
+    splits = sorted({SPLIT_FOLDERS[top] for top in tops}) if divided else ["train"]
+    if split not in splits:
+        raise UserError(f"--dataset_split {split}: {root} has no such split, only {splits}.")
+    if not divided:
+        return paths
+    return [path for path in paths if SPLIT_FOLDERS[path.parts[0].lower()] == split]
+
+
+def _explain_no_captions(
+    root: Path, rows: dict[Path, dict[str, Any]], columns: list[str], config: DataConfig
+) -> None:
+    if rows:
+        able = [
+            column
+            for column in columns
+            if any(isinstance(row.get(column), str | list) for row in rows.values())
+        ]
+        advice = f"for example --caption_column {able[0]}" if able else "but none holds texts"
+        raise UserError(
+            f"--caption_column: the metadata of {root} have no column {config.caption_column!r}. "
+            f"Columns found: {', '.join(columns) or 'file_name alone'}; {advice}."
+        )
+    if config.on_missing_caption != "empty":
+        raise UserError(
+            f"{root} holds images but no captions. Put a text file beside each image "
+            "(cat.png and cat.txt), or one metadata.jsonl into the folder with a line like "
+            f'{{"file_name": "cat.png", "{config.caption_column}": "a cat"}} for each. '
+            "To train without captions, use --on_missing_caption empty."
+        )
+
+
+def _sidecar(image: Path) -> list[str]:
+    """The caption in the text file beside an image, line breaks as spaces."""
+    for suffix in SIDECAR_SUFFIXES:
+        path = image.with_suffix(suffix)
+        if path.is_file():
+            return texts(" ".join(_text(path).split()), str(path))
+    return []
+
+
+def _metadata(root: Path, files: list[Path]) -> dict[Path, dict[str, Any]]:
+    """The row of every image that a metadata file of the folder names."""
+    rows: dict[Path, dict[str, Any]] = {}
+    for path in files:
+        if path.name not in METADATA_NAMES:
+            continue
+        for number, row in enumerate(_READERS[path.suffix](root / path), start=1):
+            where = f"{root / path}, row {number}"
+            name = row.get("file_name")
+            if not isinstance(name, str) or not name:
+                raise UserError(
+                    f"{where} has no file_name, the image's path seen from the metadata file. "
+                    f"Columns found: {', '.join(row)}."
+                )
+            image = Path(os.path.normpath(path.parent / name))
+            if image.is_absolute() or ".." in image.parts:
+                raise UserError(f"{where}: file_name must lead to a file in {root}; got {name!r}.")
+            if image in rows:
+                raise UserError(
+                    f"{where}: {name!r} has a row already. For several captions of one image, "
+                    "give a list of them in metadata.jsonl."
+                )
+            rows[image] = row
+    return rows
+
+
+def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    # Not splitlines: it also splits at characters that may stand in a caption, such as U+2028.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: expected {{...}}, got {line:.60}")
+        yield row
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(csv.DictReader(io.StringIO(_text(path))), start=1):
+        if None in row:
+            raise UserError(
+                f"{path}, row {number} has more values than the header has names. "
+                'Put quotes around a caption with commas: "a cat, asleep".'
+            )
+        yield row
+
+
+def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from error

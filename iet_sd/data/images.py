@@ -1,0 +1,71 @@
+"""Any image file as an 8-bit RGB picture, upright and on white."""
+
+import io
+from typing import Any
+
+import fsspec
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from iet_sd.errors import UserError
+
+_GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def decode(record: dict[str, Any] | None, name: str) -> Image.Image:
+    """The picture of ``record``, in mode RGB: rotated by its EXIF tag, alpha laid over white.
+
+    Of an animation the first frame. Grey values of 16 bit are scaled to 8, not cut off. Values of
+    float images are read as 0 to 1 if none exceeds 1, otherwise as 0 to 255.
+
+    record: ``{"bytes": ..., "path": ...}`` of `datasets.Image(decode=False)`; None for no image.
+    name: what to call the image in an error.
+    Errors: `UserError` ``"name: reason"`` for what cannot be read.
+    """
+    try:
+        with Image.open(io.BytesIO(read_bytes(record))) as image:
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # Pillow's many readers raise anything on a broken file
+        raise UserError(f"{name}: {_reason(error)}") from error
+
+
+def read_bytes(record: dict[str, Any] | None) -> bytes:
+    """The encoded file of ``record``. Errors: `OSError`, or `ValueError` for an empty record."""
+    content, path = (record or {}).get("bytes"), (record or {}).get("path")
+    if content is None and path is None:
+        raise ValueError("the row holds no image")
+    if content is None:
+        # A path may lead into an archive: zip://cat.png::/data/cats.zip
+        with fsspec.open(path, "rb") as file:
+            content = file.read()
+    return content
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in _GREY_16_BIT:
+        image = _from_values(np.asarray(image, dtype=np.float64), whole=65535)
+    elif image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        image = _from_values(values, whole=1 if values.max() <= 1 else 255)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_values(values: np.ndarray, whole: int) -> Image.Image:
+    """Grey picture of numbers from 0 (black) to ``whole`` (white)."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= whole):  # so that NaN fails as well
+        raise ValueError(f"grey values from {low:g} to {high:g}; expected 0 to {whole}")
+    return Image.fromarray(np.rint(values * (255 / whole)).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or of an unknown format"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

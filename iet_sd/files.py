@@ -1,0 +1,92 @@
+"""Writes that are whole or absent: a reader, or a run that was killed, never meets half of one."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_STAGING = ".partial"
+
+
+@contextmanager
+def atomic_folder(path: Path | str) -> Iterator[Path]:
+    """A staging folder to write into, moved to ``path`` when the block ends without an error.
+
+    A new ``path`` appears with one rename. An existing one is merged into: each entry of the
+    staging folder replaces the entry of its name as a whole, folders first and files last (so
+    the ``model_index.json`` of a pipeline comes after the parts it names), and entries of other
+    names stay. After an error in the block ``path`` is as it was.
+
+    One process enters; others may write into `staging_for` the path, between barriers inside the
+    block. What a killed run left behind in the staging folder goes away with the next write.
+    """
+    path = Path(os.path.abspath(path))
+    staging = staging_for(path)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for folder, _, names in os.walk(staging):
+            for name in names:
+                _sync(os.path.join(folder, name))
+            _sync(folder)
+        if path.is_dir():
+            for entry in sorted(staging.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
+                _swap_in(entry, path / entry.name)
+            _sync(path)
+        else:
+            os.rename(staging, path)
+            _sync(path.parent)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def staging_for(path: Path) -> Path:
+    """The staging folder of `atomic_folder`, for other processes that write into it.
+
+    Where it lies depends on whether ``path`` exists, so nobody may create or delete ``path``
+    while processes ask.
+    """
+    # Inside an existing folder, since that may be a mount point: renames need one file system.
+    return path / _STAGING if path.is_dir() else path.with_name(f".{path.name}{_STAGING}")
+
+
+def write_text_atomic(path: Path | str, text: str) -> None:
+    """Write ``text`` (UTF-8) to the file ``path``, or leave what was there."""
+    path = Path(os.path.abspath(path))
+    staging = path.with_name(f".{path.name}{_STAGING}")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        _sync(staging)
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _swap_in(new: Path, target: Path) -> None:
+    """Move ``new`` to ``target``; a folder there steps aside first, as no rename replaces it."""
+    if not target.is_dir():
+        os.replace(new, target)
+        return
+    retired = new.with_name(f"{new.name}.retired")
+    os.rename(target, retired)
+    try:
+        os.rename(new, target)
+    except BaseException:
+        os.rename(retired, target)
+        raise
+
+
+def _sync(path: Path | str) -> None:
+    """Have the disk hold a file's content, or a folder's list of names."""
+    if os.name == "nt" and os.path.isdir(path):
+        return  # Windows opens no folders, and writes their entries through by itself
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

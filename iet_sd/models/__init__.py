@@ -1,0 +1,1 @@
+"""Stable Diffusion as trained here: loading, what of it is trainable, attention kernels, saving."""

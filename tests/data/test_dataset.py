@@ -1,0 +1,155 @@
+import multiprocessing
+from itertools import islice
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from iet_sd.data.dataset import TrainingImages, collate, loader
+from iet_sd.data.shards import Visit, visits
+from iet_sd.data.sources import load_source
+from iet_sd.errors import UserError
+
+R, L = 8, 6
+
+
+@pytest.fixture
+def tokenizer():
+    """Start, end (also padding), and the words a, b and c are the tokens 0 to 4."""
+    words = ["<|startoftext|>", "<|endoftext|>", "a</w>", "b</w>", "c</w>"]
+    vocab = {word: number for number, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=L)
+
+
+@pytest.fixture
+def images(folder, config, tokenizer):
+    """Training images a.png (one caption), b.png (three captions) and c.png (none)."""
+
+    def make(**settings):
+        rows = [
+            {"file_name": "a.png", "text": "b a"},
+            {"file_name": "b.png", "text": ["a", "b", "c"]},
+        ]
+        root = folder(["a.png", "b.png", "c.png"], rows)
+        settings = config(
+            root, resolution=R, random_flip=True, on_missing_caption="empty", **settings
+        )
+        return TrainingImages(load_source(settings), tokenizer, settings)
+
+    return make
+
+
+def equal(one, other):
+    return one.keys() == other.keys() and all(
+        torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one
+    )
+
+
+def batches(dataset, number, num_workers):
+    source = visits(0, 0, 0, range(len(dataset)))
+    loading = loader(dataset, source, 4, num_workers, pin_memory=False)
+    return list(islice(loading, number))
+
+
+def test_example(images):
+    example = images()[Visit(0, 5)]
+    assert example["pixel_values"].shape == (3, R, R)
+    assert example["pixel_values"].dtype == torch.float32
+    assert example["pixel_values"].abs().max() <= 1
+    assert example["input_ids"].tolist() == [0, 3, 2, 1, 1, 1]
+    assert (example["index"], example["seed"]) == (0, 5)
+
+
+def test_long_caption_is_cut(images):
+    dataset = images()
+    assert dataset._tokens("a " * 20).tolist() == [0, 2, 2, 2, 2, 1]
+
+
+def test_missing_caption_is_empty(images):
+    assert images()[Visit(2, 0)]["input_ids"].tolist() == [0, 1, 1, 1, 1, 1]
+
+
+def test_seed_settles_everything(images):
+    dataset = images()
+    for seed in range(5):
+        assert equal(dataset[Visit(1, seed)], dataset[Visit(1, seed)])
+    assert not equal(dataset[Visit(1, 0)], dataset[Visit(1, 1)])
+
+
+def test_caption_is_drawn_from_the_list(images):
+    dataset = images()
+    drawn = [dataset[Visit(1, seed)]["input_ids"][1].item() for seed in range(90)]
+    assert all(15 < drawn.count(token) < 45 for token in (2, 3, 4))
+
+
+def test_augmentation_changes_pixels_alone(images):
+    dataset = images()
+    changed = 0
+    for seed in range(10):
+        plain, augmented = dataset[Visit(1, seed)], dataset.example(Visit(1, seed), 20.0, 3)
+        changed += not torch.equal(plain.pop("pixel_values"), augmented.pop("pixel_values"))
+        assert equal(plain, augmented)
+    assert changed > 5
+
+
+def test_collate(images):
+    dataset = images()
+    big = 2**63 - 1
+    batch = collate([dataset[Visit(2, big)], dataset[Visit(0, 1)]])
+    assert batch["pixel_values"].shape == (2, 3, R, R)
+    assert batch["pixel_values"].is_contiguous()
+    assert batch["input_ids"].shape == (2, L)
+    assert batch["index"].tolist() == [2, 0]
+    assert batch["seed"].tolist() == [big, 1]
+    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "index", "seed"))
+
+
+def test_loader_follows_the_visits(images):
+    dataset = images()
+    source = list(islice(visits(0, 0, 0, range(3)), 12))
+    for number, batch in enumerate(batches(dataset, 3, num_workers=0)):
+        chunk = source[4 * number : 4 * number + 4]
+        assert equal(batch, collate([dataset[visit] for visit in chunk]))
+
+
+def test_last_batch_of_finite_visits_is_shorter(images):
+    loading = loader(images(), iter([Visit(0, i) for i in range(5)]), 3, 0, pin_memory=False)
+    assert [batch["seed"].tolist() for batch in loading] == [[0, 1, 2], [3, 4]]
+
+
+def test_loader_leaves_torchs_generator_alone(images):
+    before = torch.get_rng_state()
+    batches(images(), 1, num_workers=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request):
+    usual = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(usual, force=True)
+
+
+def test_workers_give_the_same_batches_and_end(images, start_method):
+    dataset = images()
+    expected = batches(dataset, 3, num_workers=0)
+    loading = loader(dataset, visits(0, 0, 0, range(3)), 4, num_workers=1, pin_memory=False)
+    assert all(equal(*pair) for pair in zip(islice(loading, 3), expected, strict=True))
+    workers = multiprocessing.active_children()
+    assert workers
+    del loading
+    for worker in workers:
+        worker.join(timeout=10)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_image_met_in_training_is_named(images, num_workers):
+    dataset = images(check_images="none")
+    path = dataset.source.dataset[1]["image"]["path"]
+    with open(path, "w") as file:
+        file.write("words")
+    with pytest.raises(UserError) as error:
+        batches(dataset, 2, num_workers)
+    assert str(error.value) == "b.png: not an image, or of an unknown format"

@@ -1,0 +1,474 @@
+import io
+import shutil
+
+import datasets
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from PIL import Image
+
+from iet_sd.data.captions import texts
+from iet_sd.data.images import decode
+from iet_sd.data.sources import load_source
+from iet_sd.errors import UserError
+
+
+def png(number):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (number, 0, 0)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def table(count=3, first=0, **columns):
+    numbers = range(first, first + count)
+    content = {"image": [png(i) for i in numbers], "text": [f"number {i}" for i in numbers]}
+    return Dataset.from_dict(content | columns).cast_column("image", datasets.Image())
+
+
+def captions(source):
+    return [texts(cell, "") for cell in source.dataset[:][source.caption_column]]
+
+
+def reds(source):
+    """The red value of each image's first pixel: its number in `table`."""
+    images = source.dataset[:][source.image_column]
+    return [decode(record, "x").getpixel((0, 0))[0] for record in images]
+
+
+def error_of(config):
+    with pytest.raises(UserError) as error:
+        load_source(config)
+    return str(error.value)
+
+
+# Folders of images
+
+
+def test_folder_with_metadata(folder, config):
+    root = folder(["b.png", "sub/a.png"])
+    source = load_source(config(root))
+    assert source.sample_ids == ("b.png", "sub/a.png")
+    assert captions(source) == [["picture b.png"], ["picture sub/a.png"]]
+    assert decode(source.dataset[1]["image"], "").tobytes() == (
+        Image.open(root / "sub/a.png").tobytes()
+    )
+    assert source.excluded == ()
+
+
+def test_metadata_csv(folder, config):
+    root = folder(["a.png", "b.png"], rows=[])
+    (root / "metadata.csv").write_text('file_name,caption\nb.png,"a cat, asleep"\na.png,b\n')
+    source = load_source(config(root, caption_column="caption"))
+    assert source.sample_ids == ("b.png", "a.png")
+    assert captions(source) == [["a cat, asleep"], ["b"]]
+
+
+def test_metadata_csv_with_commas_not_quoted(folder, config):
+    root = folder(["a.png"], rows=[])
+    (root / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\n")
+    assert "Put quotes around" in error_of(config(root))
+
+
+def test_metadata_parquet(folder, config):
+    root = folder(["a.png"], rows=[])
+    Dataset.from_dict({"file_name": ["a.png"], "text": ["a"]}).to_parquet(root / "metadata.parquet")
+    assert captions(load_source(config(root))) == [["a"]]
+
+
+def test_caption_with_odd_line_breaks(folder, config):
+    root = folder(["a.png", "b.png"], rows=[])
+    lines = [
+        '{"file_name": "a.png", "text": "a\u2028b\x85c"}',
+        '{"file_name": "b.png", "text": "b"}',
+    ]
+    (root / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert captions(load_source(config(root))) == [["a\u2028b\x85c"], ["b"]]
+    (root / "metadata.jsonl").unlink()
+    (root / "metadata.csv").write_text('file_name,text\na.png,"a\nb"\nb.png,b\n')
+    assert captions(load_source(config(root))) == [["a\nb"], ["b"]]
+
+
+def test_stray_archive_is_ignored(folder, config):
+    root = folder(["a.png"])
+    (root / "backup.zip").write_text("x")
+    assert load_source(config(root)).sample_ids == ("a.png",)
+
+
+def test_captions_as_lists_and_strings(folder, config):
+    rows = [{"file_name": "a.png", "text": ["one", "", "two"]}, {"file_name": "b.png", "text": "b"}]
+    source = load_source(config(folder(["a.png", "b.png"], rows)))
+    assert captions(source) == [["one", "two"], ["b"]]
+
+
+def test_sidecars_in_nested_folders(folder, config):
+    root = folder(["10_cat/a.png", "10_cat/b.jpg", "c.png"], rows=[])
+    (root / "10_cat/a.txt").write_text("a cat\non a mat\n")
+    (root / "10_cat/b.caption").write_text("\ufeffnaïve cat", encoding="utf-8")
+    (root / "c.txt").write_text("c")
+    source = load_source(config(root))
+    assert source.sample_ids == ("10_cat/a.png", "10_cat/b.jpg", "c.png")
+    assert captions(source) == [["a cat on a mat"], ["naïve cat"], ["c"]]
+
+
+def test_sidecar_fills_in_for_metadata(folder, config):
+    root = folder(["a.png", "b.png"], rows=[{"file_name": "b.png", "text": "b"}])
+    (root / "a.txt").write_text("a")
+    assert captions(load_source(config(root))) == [["b"], ["a"]]
+
+
+def test_hidden_files_are_no_images(folder, config):
+    root = folder(["a.png", "._a.png", ".trash/b.png"], rows=[{"file_name": "a.png", "text": "a"}])
+    assert load_source(config(root)).sample_ids == ("a.png",)
+
+
+def test_image_named_train_does_not_make_a_split(folder, config):
+    assert len(load_source(config(folder(["a.png", "train.png", "test.png"]))).dataset) == 3
+
+
+def test_folders_of_splits(folder, config):
+    root = folder(["train/a.png", "train/x/b.png", "val/c.png"])
+    assert load_source(config(root)).sample_ids == ("train/a.png", "train/x/b.png")
+    held_out = load_source(config(root, dataset_split="validation"))
+    assert held_out.sample_ids == ("val/c.png",)
+    message = error_of(config(root, dataset_split="test"))
+    assert "['train', 'validation']" in message
+
+
+def test_metadata_column_named_sample_id(folder, config):
+    rows = [{"file_name": n, "text": n, "sample_id": i} for i, n in enumerate(["a.png", "b.png"])]
+    source = load_source(config(folder(["a.png", "b.png"], rows)))
+    assert source.sample_ids == ("0", "1")
+
+
+def test_folder_changed_between_two_runs(folder, config):
+    root = folder(["a.png"])
+    load_source(config(root))
+    folder(["a.png", "b.png"], [{"file_name": n, "text": "new"} for n in ("a.png", "b.png")])
+    assert captions(load_source(config(root))) == [["new"], ["new"]]
+
+
+def test_metadata_columns_may_mix_types(folder, config):
+    rows = [{"file_name": n, "text": n, "age": age} for n, age in [("a.png", 1), ("b.png", "x")]]
+    assert load_source(config(folder(["a.png", "b.png"], rows), group_column="age")).groups == (
+        "group 1",
+        "group x",
+    )
+
+
+# Mistakes in folders
+
+
+def test_no_such_folder(config, tmp_path):
+    assert "no such folder" in error_of(config(tmp_path / "nowhere"))
+
+
+def test_empty_folder(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in error_of(config(tmp_path / "empty"))
+
+
+def test_wrong_kind_of_file(config, tmp_path):
+    (tmp_path / "x.docx").write_text("x")
+    assert "folder or a .parquet file" in error_of(config(tmp_path / "x.docx"))
+
+
+def test_images_without_captions(folder, config):
+    root = folder(rows=[])
+    message = error_of(config(root))
+    assert "metadata.jsonl" in message
+    assert "cat.txt" in message
+    assert captions(load_source(config(root, on_missing_caption="empty"))) == [[], [], []]
+
+
+def test_caption_column_of_the_wrong_name(folder, config):
+    root = folder(["a.png"], [{"file_name": "a.png", "age": 3, "caption": "a"}])
+    message = error_of(config(root))
+    assert "'text'" in message
+    assert "age, caption" in message
+    assert "--caption_column caption" in message
+
+
+@pytest.mark.parametrize("text", [None, "", "  ", [], [""]])
+def test_missing_caption(folder, config, text):
+    rows = [{"file_name": "a.png", "text": text}, {"file_name": "b.png", "text": "b"}]
+    # c.png has no row at all
+    root = folder(["a.png", "b.png", "c.png"], rows)
+    message = error_of(config(root))
+    assert "2 of 3 images have no caption: a.png, c.png." in message
+    skipping = load_source(config(root, on_missing_caption="skip"))
+    assert skipping.sample_ids == ("b.png",)
+    assert skipping.excluded == (("a.png", "no caption"), ("c.png", "no caption"))
+    empty = load_source(config(root, on_missing_caption="empty"))
+    assert dict(zip(empty.sample_ids, captions(empty), strict=True)) == {
+        "a.png": [],
+        "b.png": ["b"],
+        "c.png": [],
+    }
+
+
+def test_caption_that_is_no_text(folder, config):
+    root = folder(["a.png"], [{"file_name": "a.png", "text": 3}])
+    assert "a.png: a caption must be a text or a list of texts; got 3" in error_of(config(root))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"}', "row 2 has no file_name"),
+        ('{"file_name": "a.png", "text"', "line 2 is not valid JSON"),
+        ('["a.png", "a"]', "line 2: expected {...}"),
+        ('{"file_name": "../b.png", "text": "b"}', "file_name must lead to a file in"),
+        ('{"file_name": "./a.png", "text": "b"}', "'./a.png' has a row already"),
+    ],
+)
+def test_bad_row_of_metadata(folder, config, line, message):
+    root = folder(["a.png"])
+    with (root / "metadata.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert message in error_of(config(root))
+
+
+def test_sidecar_that_is_no_text(folder, config):
+    root = folder(["a.png"], rows=[])
+    (root / "a.txt").write_bytes(b"\xff\xfe\x00")
+    message = error_of(config(root))
+    assert "a.txt" in message
+    assert "UTF-8" in message
+
+
+# Bad images
+
+
+@pytest.fixture
+def odd_folder(folder):
+    """Good: palette.png, cmyk.jpg, rgba.png, turned.jpg. Bad: cut.jpg, words.png, gone.png."""
+    names = ["palette.png", "cmyk.jpg", "rgba.png", "turned.jpg", "cut.jpg", "words.png"]
+    root = folder(names, [{"file_name": n, "text": n} for n in [*names, "gone.png"]])
+    picture = Image.open(root / "rgba.png").convert("RGB")
+    picture.quantize(8).save(root / "palette.png")
+    picture.convert("CMYK").save(root / "cmyk.jpg")
+    picture.convert("RGBA").save(root / "rgba.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "turned.jpg", exif=exif)
+    content = (root / "cut.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(content[:-100])
+    (root / "words.png").write_text("not a picture")
+    return root
+
+
+def test_bad_images_are_named(odd_folder, config):
+    message = error_of(config(odd_folder))
+    assert "3 of 7 images cannot be read" in message
+    assert "cut.jpg: image file is truncated" in message
+    assert "words.png: not an image" in message
+    assert "gone.png: no such file" in message
+    assert "--on_bad_image skip" in message
+
+
+def test_bad_images_are_skipped(odd_folder, config):
+    source = load_source(config(odd_folder, on_bad_image="skip"))
+    assert source.sample_ids == ("palette.png", "cmyk.jpg", "rgba.png", "turned.jpg")
+    assert [name for name, _ in source.excluded] == ["cut.jpg", "words.png", "gone.png"]
+    sizes = [decode(row["image"], "x").size for row in source.dataset]
+    assert sizes == [(20, 16), (20, 16), (20, 16), (16, 20)]
+    assert captions(source) == [[name] for name in source.sample_ids]
+
+
+def test_images_are_not_checked_unless_asked(odd_folder, config):
+    assert len(load_source(config(odd_folder, check_images="none")).sample_ids) == 7
+
+
+def test_nothing_left(folder, config):
+    root = folder(["a.png"])
+    (root / "a.png").write_text("words")
+    assert "Nothing to train on" in error_of(config(root, on_bad_image="skip"))
+
+
+def test_many_bad_images_are_counted(folder, config):
+    root = folder([f"{i}.png" for i in range(8)])
+    for path in root.glob("*.png"):
+        path.write_text("words")
+    message = error_of(config(root))
+    assert "8 of 8" in message
+    assert "and 3 more" in message
+
+
+# Tables
+
+
+def test_parquet_file(config, tmp_path):
+    table().to_parquet(tmp_path / "x.parquet")
+    source = load_source(config(tmp_path / "x.parquet"))
+    assert source.sample_ids == ("000000", "000001", "000002")
+    assert reds(source) == [0, 1, 2]
+    assert captions(source) == [["number 0"], ["number 1"], ["number 2"]]
+
+
+@pytest.mark.parametrize("flag", ["train_data_dir", "dataset_name"])
+def test_folder_of_parquet_files_with_splits(config, tmp_path, flag):
+    root = tmp_path / "tables"
+    root.mkdir()
+    (root / "LICENSE").write_text("free")
+    (root / "LICENSE.txt").write_text("free")
+    table(2).to_parquet(root / "train-00000-of-00002.parquet")
+    table(1, first=2).to_parquet(root / "train-00001-of-00002.parquet")
+    table(2, first=7).to_parquet(root / "test-00000-of-00001.parquet")
+
+    def settings(split):
+        if flag == "train_data_dir":
+            return config(root, dataset_split=split)
+        return type(config(root))(
+            dataset_name=str(root), cache_dir=str(tmp_path / "cache"), dataset_split=split
+        )
+
+    assert reds(load_source(settings("train"))) == [0, 1, 2]
+    assert reds(load_source(settings("test"))) == [7, 8]
+    assert "['train', 'test']" in error_of(settings("held-out"))
+
+
+def test_parquet_file_changed_between_two_runs(config, tmp_path):
+    for place, shown in [(tmp_path / "one", tmp_path / "one/x.parquet"), (tmp_path / "two",) * 2]:
+        place.mkdir()
+        table(2).to_parquet(place / "x.parquet")
+        assert reds(load_source(config(shown))) == [0, 1]
+        table(3, first=5).to_parquet(place / "x.parquet")
+        assert reds(load_source(config(shown))) == [5, 6, 7]
+
+
+def test_broken_parquet_file(config, tmp_path):
+    (tmp_path / "x.parquet").write_text("words")
+    assert "x.parquet cannot be read as a data set: " in error_of(config(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize("kind", ["file", "bytes"])
+def test_columns_that_are_images_without_saying_so(config, tmp_path, kind):
+    cells = [png(i) if kind == "file" else png(i)["bytes"] for i in range(2)]
+    Dataset.from_dict({"image": cells, "text": ["a", "b"]}).to_parquet(tmp_path / "x.parquet")
+    assert reds(load_source(config(tmp_path / "x.parquet"))) == [0, 1]
+
+
+def test_folder_with_configurations(config, tmp_path):
+    root = tmp_path / "tables"
+    lines = ["---", "configs:"]
+    for number, name in enumerate(["small", "large"]):
+        (root / name).mkdir(parents=True)
+        table(2, first=2 * number).to_parquet(root / name / "x.parquet")
+        lines += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (root / "README.md").write_text("\n".join([*lines, "---"]))
+    assert reds(load_source(config(root, dataset_config_name="large"))) == [2, 3]
+    message = error_of(config(root))
+    assert "['small', 'large']" in message
+    assert "--dataset_config_name" in message
+
+
+def test_saved_dataset(config, tmp_path):
+    table(3).save_to_disk(tmp_path / "one")
+    assert reds(load_source(config(tmp_path / "one"))) == [0, 1, 2]
+    splits = {"train": table(1), "test": table(2, first=4)}
+    DatasetDict(splits).save_to_disk(tmp_path / "splits")
+    assert reds(load_source(config(tmp_path / "splits", dataset_split="test"))) == [4, 5]
+    assert "['train', 'test']" in error_of(config(tmp_path / "splits", dataset_split="val"))
+
+
+def test_captions_in_lists(config, tmp_path):
+    features = Features({"image": datasets.Image(), "text": List(Value("string"))})
+    content = {"image": [png(0), png(1)], "text": [["a", "b"], ["c"]]}
+    Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "x")
+    assert captions(load_source(config(tmp_path / "x"))) == [["a", "b"], ["c"]]
+
+
+def test_column_that_does_not_exist(config, tmp_path):
+    table().rename_columns({"text": "caption", "image": "picture"}).save_to_disk(tmp_path / "x")
+    message = error_of(config(tmp_path / "x"))
+    assert "'image' does not exist" in message
+    assert "picture, caption" in message
+    assert "--image_column picture" in message
+    message = error_of(config(tmp_path / "x", image_column="picture"))
+    assert "--caption_column caption" in message
+    message = error_of(config(tmp_path / "x", image_column="caption"))
+    assert "not images" in message
+    found = load_source(config(tmp_path / "x", image_column="picture", caption_column="caption"))
+    assert reds(found) == [0, 1, 2]
+
+
+def test_no_column_of_captions(config, tmp_path):
+    table(label=[0, 1, 1]).remove_columns("text").save_to_disk(tmp_path / "x")
+    message = error_of(config(tmp_path / "x"))
+    assert "image, label" in message
+    assert "none holds texts" in message
+
+
+def test_row_without_an_image(config, tmp_path):
+    features = Features({"image": datasets.Image(), "text": Value("string")})
+    content = {"image": [png(0), None], "text": ["a", "b"]}
+    Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "x")
+    assert "000001: the row holds no image" in error_of(config(tmp_path / "x"))
+
+
+# Names, groups, number of samples
+
+
+def test_sample_ids(config, tmp_path):
+    table(sample_id=["x", "y", "z"], key=[5, 6, 7], twice=["a", "a", "b"]).save_to_disk(
+        tmp_path / "x"
+    )
+    assert load_source(config(tmp_path / "x")).sample_ids == ("x", "y", "z")
+    by_key = load_source(config(tmp_path / "x", sample_id_column="key"))
+    assert by_key.sample_ids == ("5", "6", "7")
+    message = error_of(config(tmp_path / "x", sample_id_column="twice"))
+    assert "more than one row has a." in message
+    assert "sample_id, key" in error_of(config(tmp_path / "x", sample_id_column="nothing"))
+
+
+def test_sample_id_left_empty(config, tmp_path):
+    table(sample_id=["x", None, "z"]).save_to_disk(tmp_path / "x")
+    assert "only 2 of 3" in error_of(config(tmp_path / "x"))
+
+
+def test_position_names_survive_a_skip(config, tmp_path):
+    table(text=["a", "", "c"]).save_to_disk(tmp_path / "x")
+    source = load_source(config(tmp_path / "x", on_missing_caption="skip"))
+    assert source.sample_ids == ("000000", "000002")
+    assert reds(source) == [0, 2]
+
+
+@pytest.mark.parametrize("check_images", ["all", "none"])
+def test_equal_files_are_one_group(folder, config, check_images):
+    root = folder(["a.png", "b.png", "c.png"])
+    shutil.copy(root / "a.png", root / "c.png")
+    first, second, third = load_source(config(root, check_images=check_images)).groups
+    assert first == third != second
+
+
+def test_group_column(config, tmp_path):
+    table(5, family=["f", "g", "f", None, None]).save_to_disk(tmp_path / "x")
+    groups = load_source(config(tmp_path / "x", group_column="family")).groups
+    assert groups[0] == groups[2]
+    assert len(set(groups)) == 4  # a row without a family is alone
+    assert "family" in error_of(config(tmp_path / "x", group_column="nothing"))
+
+
+def test_max_train_samples(config, tmp_path):
+    table(5).save_to_disk(tmp_path / "x")
+    assert reds(load_source(config(tmp_path / "x", max_train_samples=2))) == [0, 1]
+    assert len(load_source(config(tmp_path / "x", max_train_samples=9)).dataset) == 5
+
+
+# The Hub
+
+
+def test_name_that_is_not_on_the_hub(config, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    make = type(config(tmp_path))
+    message = error_of(make(dataset_name="nobody/nothing", cache_dir=str(tmp_path)))
+    assert "no such folder here, and the Hub answered: " in message
+    assert "nobody/nothing" in message
+    assert "no such folder" in error_of(make(dataset_name="./some/where"))
+
+
+def test_local_reading_is_silent(config, tmp_path, capfd):
+    table().to_parquet(tmp_path / "x.parquet")
+    capfd.readouterr()
+    load_source(config(tmp_path / "x.parquet"))
+    assert capfd.readouterr() == ("", "")
+    assert datasets.is_progress_bar_enabled()

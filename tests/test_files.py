@@ -1,0 +1,104 @@
+import os
+
+import pytest
+
+from iet_sd import files
+from iet_sd.files import atomic_folder, write_text_atomic
+
+
+def content(folder):
+    """Every file under a folder with its text."""
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def write(folder, **texts):
+    for name, text in texts.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def save(path, version):
+    with atomic_folder(path) as staging:
+        write(staging / "unet", weights=version)
+        write(staging, index=version)
+
+
+def test_new_folder_appears_whole_and_only_at_the_end(tmp_path):
+    target = tmp_path / "deep" / "result"
+    with atomic_folder(target) as staging:
+        write(staging, index="1")
+        assert not target.exists()
+    assert content(tmp_path) == {"deep/result/index": "1"}
+
+
+def test_merge_replaces_entries_as_a_whole_and_keeps_others(tmp_path):
+    write(tmp_path / "logs", events="e")
+    write(tmp_path / "unet", weights="old", stale="old")
+    write(tmp_path, index="old", metrics="m")
+    save(tmp_path, "new")
+    assert content(tmp_path) == {
+        "logs/events": "e",
+        "unet/weights": "new",
+        "index": "new",
+        "metrics": "m",
+    }
+    assert sorted(os.listdir(tmp_path)) == ["index", "logs", "metrics", "unet"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_crash_while_writing_changes_nothing(tmp_path, exists):
+    target = tmp_path / "result"
+    if exists:
+        save(target, "old")
+    before = content(tmp_path)
+
+    def interrupted():
+        with atomic_folder(target) as staging:
+            write(staging / "unet", weights="half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert content(tmp_path) == before
+    assert target.exists() == exists
+
+
+def test_crash_between_the_two_renames_of_a_folder_brings_the_old_one_back(tmp_path, monkeypatch):
+    target = tmp_path / "result"
+    save(target, "old")
+    rename = os.rename
+
+    def fail_on_new(source, destination):
+        if "retired" not in str(source) + str(destination):
+            raise OSError("disk gone")
+        rename(source, destination)
+
+    monkeypatch.setattr(files.os, "rename", fail_on_new)
+    with pytest.raises(OSError, match="disk gone"):
+        save(target, "new")
+    assert content(tmp_path) == {"result/unet/weights": "old", "result/index": "old"}
+
+
+def test_leftovers_of_a_killed_run_do_not_reach_the_result(tmp_path):
+    write(tmp_path / ".result.partial", half="x")
+    save(tmp_path / "result", "1")
+    write(tmp_path / "result" / ".partial", half="x")
+    save(tmp_path / "result", "2")
+    assert content(tmp_path) == {"result/unet/weights": "2", "result/index": "2"}
+
+
+def test_index_comes_after_the_parts_it_names(tmp_path):
+    # The folder "unet" cannot take the place of a file: the save fails, and the index stays old.
+    write(tmp_path, unet="a file", index="old")
+    with pytest.raises(OSError, match="unet"):
+        save(tmp_path, "new")
+    assert content(tmp_path) == {"unet": "a file", "index": "old"}
+
+
+def test_text_is_replaced_or_left(tmp_path):
+    path = tmp_path / "config.yaml"
+    write_text_atomic(path, "naïve\n")
+    assert path.read_text(encoding="utf-8") == "naïve\n"
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomic(path, "long enough to be flushed " * 1000 + "\ud800")
+    assert content(tmp_path) == {"config.yaml": "naïve\n"}
