@@ -3,8 +3,8 @@
 Every field becomes one flag of the same name, and one key of the YAML file. Lowest first: the
 default below, the ``--config`` file, the flags. In each of these layers ``method`` and ``preset``
 stand for the values they name (`iet_sd.presets`), and what is written out beside them wins; so
-``--preset paper`` also replaces a ``bank_bins`` of the file. Names and defaults are those of diffusers'
-``train_text_to_image.py`` and ``train_text_to_image_lora.py`` where they exist there.
+``--preset paper`` also replaces a ``bank_bins`` of the file. Names and defaults are those of
+diffusers' ``train_text_to_image.py`` and ``train_text_to_image_lora.py`` where they exist there.
 """
 
 import argparse
@@ -202,6 +202,11 @@ class MethodConfig:
         for name in ("bank_decay", "msr_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} must lie in [0, 1); got {getattr(self, name)}.")
+        if self.taa_magnitude > 30:
+            raise UserError(
+                "--taa_magnitude must be at most 30, the end of RandAugment's scale; "
+                f"got {self.taa_magnitude}."
+            )
         if self.bank_bins > 1000:
             raise UserError(f"--bank_bins must be at most 1000 (timesteps); got {self.bank_bins}.")
         if self.taa and not self.agc:
@@ -247,7 +252,7 @@ class TrainingConfig:
     lr_scheduler: LR_SCHEDULERS = "constant"
     """Learning-rate schedule; it counts the updates of one proxy over all rounds."""
     lr_warmup_steps: int = 500
-    """Updates of a proxy during which the learning rate rises from 0, where the schedule warms up."""
+    """Updates of a proxy over which the learning rate rises from 0, if the schedule warms up."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer update."""
     adam_beta1: float = 0.9
@@ -265,7 +270,7 @@ class TrainingConfig:
     allow_tf32: bool = False
     """Allow TF32 matrix products on Ampere GPUs: faster, less exact."""
     snr_gamma: float | None = None
-    """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares unweighted losses."""
+    """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares the unweighted."""
     noise_offset: float = 0.0
     """Scale of an offset of the noise, one number per image and channel."""
     checkpointing_rounds: int = 1

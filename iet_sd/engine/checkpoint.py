@@ -10,27 +10,46 @@
 Every process writes the proxies it holds; a checkpoint can be resumed by any number of processes.
 """
 
+import hashlib
 import json
-import logging
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from iet_sd.config import Config
 from iet_sd.engine.proxy import Proxy
 from iet_sd.engine.rounds import State
 from iet_sd.engine.step import Memory, Pending
 from iet_sd.errors import UserError
-from iet_sd.files import sync_folder
+from iet_sd.files import atomic_folder, staging_for
 from iet_sd.method.agc import Bank
 
-logger = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(\d+)")
+# Settings that change what is shown or written, and not what is trained.
+_FREE = {
+    "cache_dir",
+    "check_images",
+    "dataloader_num_workers",
+    "output_dir",
+    "overwrite_output_dir",
+    "checkpointing_rounds",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "report_to",
+    "logging_dir",
+    "tracker_project_name",
+    "validation_prompts",
+    "validation_rounds",
+    "num_validation_images",
+    "validation_inference_steps",
+    "dry_run",
+}
 
 
 def save(
@@ -46,30 +65,35 @@ def save(
     ``identity`` is what a resumed run must share (see `load`). All processes take part.
     """
     final = output_dir / f"checkpoint-{state.round}"
-    partial = output_dir / f".{final.name}.partial"
-    if process_index == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
-    for shard, proxy in state.proxies.items():
-        _save_proxy(partial, shard, proxy)
-    if process_index == 0:
-        save_file(state.weights, partial / "weights.safetensors")
-        samples = {"shard_of": state.shard_of_N, "skips": state.skips_N}
-        save_file(samples, partial / "samples.safetensors")
-    barrier()
-    if process_index == 0:
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        content = {"round": state.round, "identity": identity, "files": files}
-        (partial / "state.json").write_text(json.dumps(content, indent=2))
-        sync_folder(partial)
+    is_main = process_index == 0
+    if is_main:
+        # Of a run that went further before it was resumed from an earlier checkpoint.
         shutil.rmtree(final, ignore_errors=True)
-        os.replace(partial, final)
-        sync_folder(output_dir)
-        for old in _checkpoints(output_dir)[: -limit if limit else 0]:
+    barrier()
+    with atomic_folder(final) if is_main else nullcontext(staging_for(final)) as staging:
+        barrier()
+        for shard, proxy in state.proxies.items():
+            _save_proxy(staging, shard, proxy)
+        barrier()
+        if is_main:
+            save_file(state.weights, staging / "weights.safetensors")
+            samples = {"shard_of": state.shard_of_N, "skips": state.skips_N}
+            save_file(samples, staging / "samples.safetensors")
+            files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
+            content = {"round": state.round, "identity": identity, "files": files}
+            (staging / "state.json").write_text(json.dumps(content, indent=2))
+    if is_main and limit:
+        for old in _checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
     barrier()
     return final
+
+
+def identity(config: Config, steps_per_round: int, sample_ids: Sequence[str]) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on from: settings and data."""
+    mine = {k: v for k, v in config.as_dict().items() if k not in _FREE}
+    digest = hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()
+    return {**mine, "steps_per_round": steps_per_round, "sample_ids": digest}
 
 
 def find(output_dir: Path, name: str) -> Path:
@@ -145,7 +169,9 @@ def _save_proxy(folder: Path, shard: int, proxy: Proxy) -> None:
         tensors |= {f"moments/{name}/{key}": tensor for key, tensor in moments.items()}
     bank = proxy.memory.bank
     tensors |= {"bank/value": bank.value_T, "bank/visits": bank.visits_T}
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / f"proxy-{shard}.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in tensors.items()}, folder / f"proxy-{shard}.safetensors"
+    )
     rest = {
         "lr_scheduler": proxy.lr_scheduler.state_dict(),
         "scaler": proxy.scaler.state_dict(),

@@ -159,9 +159,7 @@ def decide(
     if method.agc:
         keep_B = agc.keep_mask(loss_B, reference_B, method.agc_threshold)
     if method.taa:
-        strength_B = taa.strength(
-            loss_B, reference_B, method.agc_threshold, method.taa_sharpness
-        )
+        strength_B = taa.strength(loss_B, reference_B, method.agc_threshold, method.taa_sharpness)
         second_pass_B = keep_B & (strength_B >= method.taa_min_strength)
     return Decision(
         keep_B,
@@ -278,7 +276,9 @@ def check_finite(
     bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return
-    names = [f"{dataset.sample_ids[batch['index'][i]]} (t={int(timesteps_B[i])})" for i in bad[:5]]
+    names = [
+        f"{dataset.source.sample_ids[batch['index'][i]]} (t={int(timesteps_B[i])})" for i in bad[:5]
+    ]
     raise UserError(
         f"The loss is not finite for {len(bad)} of {len(loss_B)} samples: {', '.join(names)}. "
         "Lower --learning_rate, look at these images, or train without --mixed_precision fp16."

@@ -11,6 +11,7 @@ from typing import Any
 
 from iet_sd.engine.rounds import RoundDone, ShardDone
 from iet_sd.engine.step import Counts
+from iet_sd.files import write_text_atomic
 
 
 def rates(counts: Counts) -> dict[str, float]:
@@ -67,8 +68,8 @@ class MetricsFile:
         """Keep the lines of the first ``rounds_done`` rounds, if the file is there."""
         self._path = path
         lines = path.read_text().splitlines() if path.exists() and rounds_done else []
-        kept = [line for line in map(json.loads, lines) if line["round"] <= rounds_done]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.kept = [line for line in map(json.loads, lines) if line["round"] <= rounds_done]
+        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, event: RoundDone) -> list[dict[str, Any]]:
         """Write the round's lines, and return them."""

@@ -20,10 +20,10 @@ def redistribute(
 ) -> tuple[Tensor, Tensor]:
     """The top ``fraction`` of each shard by skip count goes from shard k to (k + 1) mod K.
 
-    Of samples skipped at least ``min_skips`` times.
-    Membership is one number a sample (-1: in no shard), so none can be lost or doubled; all shards
-    send by the membership before the move. The authors pass the ring one shard after another, with
-    the same moves, since what just arrived is not sent on.
+    Only samples skipped at least ``min_skips`` times go. Membership is one number a sample (-1: in
+    no shard), so none can be lost or doubled; all shards send by the membership before the move.
+    The authors pass the ring one shard after another, with the same moves, since what just arrived
+    is not sent on.
 
     Returns the new membership, int64 (N,), and how many left each shard, int64 (K,).
     """

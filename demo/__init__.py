@@ -1,0 +1,1 @@
+"""The bundled demo: how its model and data were made."""

@@ -1,0 +1,213 @@
+"""The command line: parse, check, build, loop over events, finish.
+
+Nothing heavy is imported until the settings are known to be sound, so ``--help`` and a wrong flag
+answer at once.
+"""
+
+import dataclasses
+import logging
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from iet_sd import config as settings
+from iet_sd.config import Config
+from iet_sd.errors import UserError
+
+if TYPE_CHECKING:
+    from iet_sd.data.sources import Source
+
+logger = logging.getLogger("iet_sd")
+
+
+def train(argv: Sequence[str]) -> int:
+    """Run ``train_iet_sd.py``; returns the exit status. A user's mistake is one line, status 2."""
+    try:
+        _train(settings.load(argv))
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _train(config: Config) -> None:
+    """Check everything that can be checked without weights, then train."""
+    from accelerate import Accelerator
+    from accelerate.utils import ProjectConfiguration, broadcast_object_list
+
+    from iet_sd.data.shards import split
+    from iet_sd.data.sources import load_source
+    from iet_sd.engine import plan
+    from iet_sd.models.attention import check_attention
+    from iet_sd.models.loading import check_model
+
+    output_dir = Path(config.training.output_dir)
+    check_model(config.model)
+    check_attention(config.model.enable_xformers_memory_efficient_attention)
+    _check_tracker(config.training.report_to)
+    if not config.training.dry_run:
+        _check_output_dir(output_dir, config)
+
+    logging_dir = output_dir / config.training.logging_dir
+    accelerator = Accelerator(
+        mixed_precision=config.training.mixed_precision,
+        log_with=None if config.training.report_to == "none" else config.training.report_to,
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
+    )
+    _set_up_logging(accelerator.is_main_process)
+    plan.check_processes(config, accelerator.num_processes)
+    seed = config.training.seed
+    if seed is None:
+        (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
+    config = dataclasses.replace(
+        config,
+        training=dataclasses.replace(
+            config.training, seed=seed, mixed_precision=accelerator.mixed_precision
+        ),
+    )
+
+    with accelerator.main_process_first():
+        source = load_source(config.data)
+    for name, reason in source.excluded:
+        logger.warning("left out %s: %s", name, reason)
+    method = config.method
+    shard_of_N = split(source.groups, method.num_shards, seed, method.shard_split)
+    steps = plan.steps_per_round(config, int((shard_of_N >= 0).sum()))
+    if config.training.dry_run:
+        if accelerator.is_main_process:
+            sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
+            found = plan.estimate(config, steps, accelerator.num_processes)
+            print(plan.describe(config, sizes, steps, found, accelerator.device))
+        return
+    try:
+        _run(config, source, shard_of_N, steps, accelerator)
+    finally:
+        accelerator.end_training()
+
+
+def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) -> None:
+    """Load the model, train it round by round, and save the result."""
+    import torch
+
+    from iet_sd.data.dataset import TrainingImages
+    from iet_sd.engine import checkpoint, plan
+    from iet_sd.engine.rounds import RoundDone, Trainer
+    from iet_sd.engine.step import Objective
+    from iet_sd.models.adapter import lora_pairs, make_trainable
+    from iet_sd.models.attention import enable_attention
+    from iet_sd.models.loading import load_components
+    from iet_sd.reporting import Reporter
+    from iet_sd.seeding import seed_for
+
+    training, device = config.training, accelerator.device
+    output_dir = Path(training.output_dir)
+    dtype = plan.weight_dtype(training.mixed_precision)
+    components = load_components(config.model, dtype, config.data.cache_dir)
+    components.latent_size(config.data.resolution)
+    parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
+    for part in (components.vae, components.text_encoder, components.unet):
+        part.to(device)
+    xformers = config.model.enable_xformers_memory_efficient_attention
+    attention = enable_attention(components.unet, xformers, device, dtype)
+    if training.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    logger.info(
+        "%d images in %d shards, %d rounds of %d steps; %s, attention by %s, seed %d",
+        int((shard_of_N >= 0).sum()),
+        config.method.num_shards,
+        config.method.num_rounds,
+        steps,
+        device,
+        attention,
+        training.seed,
+    )
+    trainer = Trainer(
+        config=config,
+        seed=training.seed,
+        steps_per_round=steps,
+        objective=Objective(
+            components,
+            device,
+            accelerator.autocast,
+            training.noise_offset,
+            training.snr_gamma,
+        ),
+        dataset=TrainingImages(source, components.tokenizer, config.data),
+        parameters=parameters,
+        lora_pairs=lora_pairs(parameters),
+        device=device,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+    )
+    state = trainer.start(shard_of_N)
+    identity = checkpoint.identity(config, steps, source.sample_ids)
+    if training.resume_from_checkpoint:
+        folder = checkpoint.find(output_dir, training.resume_from_checkpoint)
+        checkpoint.load(folder, state, identity)
+        logger.info("going on after round %d, from %s", state.round, folder)
+
+    reporter = Reporter(config, accelerator, components, state.round, steps)
+    for event in trainer.run(state):
+        reporter.show(event)
+        every = training.checkpointing_rounds
+        if isinstance(event, RoundDone) and every and state.round % every == 0:
+            checkpoint.save(
+                output_dir,
+                state,
+                identity,
+                training.checkpoints_total_limit,
+                accelerator.process_index,
+                accelerator.wait_for_everyone,
+            )
+    if accelerator.is_main_process:
+        reporter.finish(len(source.sample_ids))
+    accelerator.wait_for_everyone()
+
+
+def _check_output_dir(output_dir: Path, config: Config) -> None:
+    """Refuse to write over another run's result without being told to."""
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
+    training = config.training
+    if (output_dir / "metrics.jsonl").exists() and not (
+        training.overwrite_output_dir or training.resume_from_checkpoint
+    ):
+        raise UserError(
+            f"--output_dir {output_dir} holds an earlier run. Go on with it by "
+            "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give "
+            "another folder."
+        )
+    if training.resume_from_checkpoint:
+        from iet_sd.engine import checkpoint
+
+        checkpoint.find(output_dir, training.resume_from_checkpoint)
+
+
+def _check_tracker(name: str) -> None:
+    """Errors: `UserError` for a tracker whose package is missing."""
+    import importlib.util
+
+    package = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"--report_to {name} needs the package {package}: pip install {package}, or use "
+            "--report_to none (metrics.jsonl is written anyway)."
+        )
+
+
+def _set_up_logging(is_main_process: bool) -> None:
+    """Ours at INFO on the main process; libraries at WARNING, and without bars of their own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,107 @@
+import json
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iet_sd.config import Config, from_layers
+from iet_sd.data.dataset import TrainingImages
+from iet_sd.data.shards import split
+from iet_sd.data.sources import load_source
+from iet_sd.engine.plan import steps_per_round
+from iet_sd.engine.rounds import Trainer
+from iet_sd.engine.step import Objective
+from iet_sd.models.adapter import lora_pairs, make_trainable
+from iet_sd.models.loading import load_components
+from tests.pipelines import RESOLUTION, tiny_pipeline
+
+
+@pytest.fixture(scope="session")
+def pipelines(tmp_path_factory):
+    """Folders of the tiny pipelines, by kind."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {kind: tiny_pipeline(root / kind, kind=kind) for kind in ("sd1", "sd2")}
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    """A folder of 16 captioned pictures."""
+    root = tmp_path_factory.mktemp("images")
+    rows = []
+    for number in range(16):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        rows.append({"file_name": f"{number:02d}.png", "text": f"a cat or dog {number}"})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def settings(pipelines, images, tmp_path):
+    """A `Config` for short training of a tiny pipeline."""
+
+    def make(kind="sd1", **given) -> Config:
+        short = {
+            "pretrained_model_name_or_path": str(pipelines[kind]),
+            "train_data_dir": str(images),
+            "output_dir": str(tmp_path / "output"),
+            "cache_dir": str(tmp_path / "cache"),
+            "resolution": RESOLUTION,
+            "train_batch_size": 4,
+            "num_rounds": 2,
+            "learning_rate": 1e-3,
+            "seed": 0,
+            "mixed_precision": "no",
+        }
+        return from_layers(short, given)
+
+    return make
+
+
+@pytest.fixture
+def trainer_for():
+    """A `Trainer` and its first `State`, from a `Config`: what the command line builds."""
+
+    def make(config: Config):
+        source = load_source(config.data)
+        shard_of_N = split(source.groups, config.method.num_shards, 0, config.method.shard_split)
+        components = load_components(config.model, torch.float32, None)
+        parameters = make_trainable(components, config.model, seed=0)
+        trainer = Trainer(
+            config=config,
+            seed=config.training.seed,
+            steps_per_round=steps_per_round(config, len(source.sample_ids)),
+            objective=Objective(
+                components,
+                torch.device("cpu"),
+                nullcontext,
+                config.training.noise_offset,
+                config.training.snr_gamma,
+            ),
+            dataset=TrainingImages(source, components.tokenizer, config.data),
+            parameters=parameters,
+            lora_pairs=lora_pairs(parameters),
+            device=torch.device("cpu"),
+        )
+        return trainer, trainer.start(shard_of_N)
+
+    return make
+
+
+@pytest.fixture
+def train(settings, trainer_for):
+    """Train to the end; returns the final weights and all events."""
+
+    def run(**given):
+        trainer, state = trainer_for(settings(**given))
+        events = list(trainer.run(state))
+        return {k: p.detach().clone() for k, p in trainer.parameters.items()}, events
+
+    return run
+
+
+def equal(one, other):
+    """Two sets of named tensors are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

@@ -1,0 +1,11 @@
+"""Fine-tune Stable Diffusion with IET-AGC+.
+
+accelerate launch train_iet_sd.py --config configs/demo.yaml
+"""
+
+import sys
+
+from iet_sd.cli import train
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))
