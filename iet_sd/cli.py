@@ -39,6 +39,7 @@ def train(argv: Sequence[str]) -> int:
 
 def _train(config: Config) -> None:
     """Check everything that can be checked without weights, then train."""
+    import torch
     from accelerate import Accelerator
     from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
@@ -57,6 +58,8 @@ def _train(config: Config) -> None:
 
     logging_dir = output_dir / config.training.logging_dir
     accelerator = Accelerator(
+        # Else several processes on a machine without a GPU would each train alone.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.training.mixed_precision,
         log_with=None if config.training.report_to == "none" else config.training.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
@@ -119,12 +122,13 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     logger.info(
-        "%d images in %d shards, %d rounds of %d steps; %s, attention by %s, seed %d",
+        "%d images in %d shards, %d rounds of %d steps; %d x %s, attention by %s, seed %d",
         int((shard_of_N >= 0).sum()),
         config.method.num_shards,
         config.method.num_rounds,
         steps,
-        device,
+        accelerator.num_processes,
+        device.type,
         attention,
         training.seed,
     )

@@ -60,6 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "rank")
+        if not self.lora_target_modules:
+            raise UserError("--lora_target_modules must name at least one layer.")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"--lora_dropout must lie in [0, 1); got {self.lora_dropout}.")
         if self.lora_alpha is not None and self.lora_alpha <= 0:
@@ -149,7 +151,7 @@ class MethodConfig:
     shard_split: Literal["seeded", "contiguous"] = "seeded"
     """Split by seed with every sample used and groups kept together, or slices in file order
     with the remainder left out."""
-    aggregate_every: int = 1
+    aggregate_every: int = 2
     """Average the proxies after every so many rounds (and always after the last)."""
     aggregation_weights: Literal["size", "uniform"] = "size"
     """Weight of a proxy: share of the samples its shard holds, or 1/K."""
@@ -159,7 +161,7 @@ class MethodConfig:
     """Threshold (lambda) of AGC, a share of the mean loss at that timestep."""
     bank_decay: float = 0.8
     """Decay (gamma) of the running mean of losses per timestep."""
-    bank_bins: int = 1000
+    bank_bins: int = 50
     """Bins of neighbouring timesteps in the bank."""
     bank_bias: Literal["corrected", "raw"] = "corrected"
     """The running mean starts at 0: divide by its total weight, or leave it too low at first."""
@@ -300,7 +302,10 @@ class TrainingConfig:
         _positive(self, "num_train_epochs", "gradient_accumulation_steps", "num_validation_images")
         _positive(self, "learning_rate", "max_grad_norm", "validation_inference_steps")
         _not_negative(self, "lr_warmup_steps", "adam_weight_decay", "noise_offset")
-        _not_negative(self, "checkpointing_rounds")
+        _not_negative(self, "checkpointing_rounds", "adam_epsilon")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} must lie in [0, 1); got {getattr(self, name)}.")
         for name in (
             "max_train_steps",
             "snr_gamma",
@@ -361,7 +366,11 @@ def load(argv: Sequence[str]) -> Config:
 
     Errors: `UserError` for an unknown key, a value of the wrong type, or a contradiction.
     """
-    flags = vars(build_parser().parse_args(argv))
+    parsed, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
+        raise UserError(f"unknown flag {unknown[0]}.{_close_matches(unknown[0].strip('-'), names)}")
+    flags = vars(parsed)
     path = flags.pop("config", None)
     return from_layers(_read_yaml(Path(path)) if path else {}, flags)
 
@@ -371,14 +380,22 @@ def from_layers(*layers: dict[str, Any]) -> Config:
     known = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
     choices = {"preset": PRESETS, "method": METHODS}
     values: dict[str, Any] = {}
+    stood_for: dict[str, set[str]] = {name: set() for name in choices}
     for layer in ({name: known[name].default for name in choices}, *layers):
         for one, other in (*_EXCLUSIVE, *[pair[::-1] for pair in _EXCLUSIVE]):
             if one in layer and other not in layer:
                 values.pop(other, None)
         for name, choice in choices.items():
             if name in layer:
+                # With the choice of a lower layer goes what it stood for, such as the one shard
+                # of method none.
+                for key in stood_for[name]:
+                    del values[key]
                 values |= choice[layer[name]]
+                stood_for[name] = set(choice[layer[name]])
         values |= layer
+        for keys in stood_for.values():
+            keys -= layer.keys()
     if "pretrained_model_name_or_path" not in values:
         raise UserError(
             "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
@@ -393,7 +410,7 @@ def from_layers(*layers: dict[str, Any]) -> Config:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one flag a field, its text the docstring under the field."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train_iet_sd.py",
         description="Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains "
         "without memorizing the training images. Start with accelerate launch.",
@@ -432,6 +449,13 @@ def _flag_options(hint: Any) -> dict[str, Any]:
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag as any other mistake, without two pages of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
 class _StoreTuple(argparse.Action):
     """Stores several values as a tuple, so that settings stay hashable."""
 
@@ -441,7 +465,7 @@ class _StoreTuple(argparse.Action):
 
 def _without_none(hint: Any) -> Any:
     """``X`` of ``X | None``."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
     return hint
 
@@ -452,7 +476,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {error}") from error
     if content is None:
         return {}

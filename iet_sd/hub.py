@@ -18,6 +18,10 @@ _PARTS = {
     "iet": "IET: shards with averaged proxies",
     "none": "plain fine-tuning",
 }
+_AIM = (
+    "The method is there to memorize less of the training images "
+    "([arXiv 2502.09434](https://arxiv.org/abs/2502.09434)).\n"
+)
 
 
 def write_settings(folder: Path, config: Config) -> None:
@@ -61,9 +65,8 @@ def write_card(
 
 # {_shown(training.output_dir)}
 
-Stable Diffusion fine-tuned from {base} without memorizing its training images
-({_PARTS[method.method]}; [arXiv 2502.09434](https://arxiv.org/abs/2502.09434)).
-{pictures if (folder / GRID).exists() else ""}
+Stable Diffusion fine-tuned from {base}. Method: {_PARTS[method.method]}.
+{"" if method.method == "none" else _AIM}{pictures if (folder / GRID).exists() else ""}
 | | |
 |---|---|
 {rows}
@@ -95,9 +98,9 @@ def _usage(lora: bool, base: str) -> str:
 
 
 def _is_local(name: str) -> bool:
-    return Path(name).exists()
+    return Path(name).expanduser().exists()
 
 
 def _shown(name: str) -> str:
     """A name without the folders of this machine."""
-    return Path(name).name if _is_local(name) else name
+    return Path(name).expanduser().resolve().name if _is_local(name) else name

@@ -47,6 +47,9 @@ class Reporter:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(self.output_dir / "metrics.jsonl", rounds_done)
             self.lines = self.metrics.kept
+            mine = [line for line in self.lines if line["kind"] == "shard"]
+            mine = [line for line in mine if line["shard"] % accelerator.num_processes == 0]
+            self.steps_seen = sum(line["steps"] for line in mine)
             hub.write_settings(self.output_dir, config)
         # A tracker's settings are flat and simple; a list becomes its text.
         flat = {
@@ -94,7 +97,9 @@ class Reporter:
         for line in lines:
             name = f"shard_{line['shard']}" if line["kind"] == "shard" else "round"
             numbers = {k: v for k, v in line.items() if isinstance(v, int | float)}
-            self.accelerator.log({f"{name}/{k}": v for k, v in numbers.items()}, step=event.round)
+            # On the axis of the steps: trackers such as wandb drop what goes back on theirs.
+            values = {f"{name}/{k}": v for k, v in numbers.items()}
+            self.accelerator.log(values, step=self.steps_seen)
         every = self.config.training.validation_rounds
         if every and event.round % every == 0:
             picture = self._draw()
@@ -102,9 +107,11 @@ class Reporter:
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     images = np.asarray(picture)[None]
-                    tracker.log_images({"validation": images}, event.round, dataformats="NHWC")
+                    tracker.log_images(
+                        {"validation": images}, self.steps_seen, dataformats="NHWC"
+                    )
                 elif tracker.name == "wandb":
-                    tracker.log_images({"validation": [picture]}, event.round)
+                    tracker.log_images({"validation": [picture]}, self.steps_seen)
 
     def _draw(self) -> Image.Image:
         """The validation prompts by the live model, as one sheet."""

@@ -1,6 +1,7 @@
 """What processes exchange at a round boundary. Every function is for all processes at once."""
 
 import resource
+import sys
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -44,7 +45,8 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: most allocated on a GPU since the last reset, or most resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _sum_bucket(bucket: list[Tensor], device: torch.device) -> None:

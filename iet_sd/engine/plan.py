@@ -8,9 +8,11 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iet_sd.config import Config
@@ -97,7 +99,8 @@ def estimate(config: Config, steps: int, num_processes: int) -> Estimate:
         activations=saved * batch * dtype.itemsize // 4,
         # Weights and two moments of each waiting proxy, the mean and the last average.
         host=4 * trainable * (3 * (waiting if waiting > 1 else 0) + 2),
-        flops=3 * flops * total,
+        # Forward, and twice that backward; checkpointing goes forward once more.
+        flops=(4 if config.model.gradient_checkpointing else 3) * flops * total,
     )
 
 
@@ -128,28 +131,36 @@ def describe(
 
 def _meta_unet(config: Config) -> UNet2DConditionModel:
     """The UNet's architecture without weights."""
-    model = config.model
-    settings = UNet2DConditionModel.load_config(
-        model.pretrained_model_name_or_path,
-        subfolder="unet",
-        revision=model.revision,
-        cache_dir=config.data.cache_dir,
-    )
+    settings = _part_config(UNet2DConditionModel, "unet", config)
     with torch.device("meta"):
         return UNet2DConditionModel.from_config(settings).requires_grad_(False)
 
 
 def _shrinkage(config: Config) -> int:
     """Pixels per latent along an edge."""
-    from diffusers import AutoencoderKL
-
-    settings = AutoencoderKL.load_config(
-        config.model.pretrained_model_name_or_path,
-        subfolder="vae",
-        revision=config.model.revision,
-        cache_dir=config.data.cache_dir,
-    )
+    settings = _part_config(AutoencoderKL, "vae", config)
     return 2 ** (len(settings["block_out_channels"]) - 1)
+
+
+def _part_config(cls: type[ConfigMixin], part: str, config: Config) -> dict[str, Any]:
+    """The config file of a part of the pipeline, from its folder or the Hub.
+
+    Errors: `UserError` if it cannot be had.
+    """
+    name = config.model.pretrained_model_name_or_path
+    folder = Path(name).expanduser()
+    try:
+        return cls.load_config(
+            folder if folder.is_dir() else name,
+            subfolder=part,
+            revision=config.model.revision,
+            cache_dir=config.data.cache_dir,
+        )
+    except OSError as error:
+        raise UserError(
+            f"{name}: the config of its {part} cannot be read ({str(error).splitlines()[0]}). "
+            "Check the name and the connection, or give the path of a pipeline folder."
+        ) from error
 
 
 def _count(unet: UNet2DConditionModel, size: int) -> tuple[int, int]:

@@ -24,8 +24,11 @@ def rates(counts: Counts) -> dict[str, float]:
     }
 
 
-def shard_line(event: ShardDone) -> dict[str, Any]:
-    """The line of one shard. ``loss`` is over all scored samples, unweighted."""
+def shard_line(event: ShardDone, moved: int) -> dict[str, Any]:
+    """The line of one shard, which ``moved`` samples left at the end of the round.
+
+    ``loss`` is over all scored samples, unweighted.
+    """
     counts = asdict(event.counts)
     del counts["loss_sum"], counts["strength_sum"]
     return {
@@ -35,6 +38,7 @@ def shard_line(event: ShardDone) -> dict[str, Any]:
         "size": event.size,
         **rates(event.counts),
         **counts,
+        "moved": moved,
         "learning_rate": event.learning_rate,
         "seconds": event.seconds,
         "peak_memory": event.peak_memory,
@@ -67,13 +71,16 @@ class MetricsFile:
     def __init__(self, path: Path, rounds_done: int) -> None:
         """Keep the lines of the first ``rounds_done`` rounds, if the file is there."""
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() and rounds_done else []
-        self.kept = [line for line in map(json.loads, lines) if line["round"] <= rounds_done]
+        text = path.read_text() if path.exists() and rounds_done else ""
+        # A run that was killed while writing leaves a line without an end, of a round not done.
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        self.kept = [line for line in map(json.loads, whole) if line["round"] <= rounds_done]
         write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept))
 
     def add(self, event: RoundDone) -> list[dict[str, Any]]:
         """Write the round's lines, and return them."""
-        lines = [*map(shard_line, event.shards), round_line(event)]
+        lines = [shard_line(shard, event.moved_K[shard.shard]) for shard in event.shards]
+        lines.append(round_line(event))
         with self._path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
             file.flush()

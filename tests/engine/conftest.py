@@ -1,10 +1,7 @@
-import json
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from iet_sd.config import Config, from_layers
 from iet_sd.data.dataset import TrainingImages
@@ -15,27 +12,7 @@ from iet_sd.engine.rounds import Trainer
 from iet_sd.engine.step import Objective
 from iet_sd.models.adapter import lora_pairs, make_trainable
 from iet_sd.models.loading import load_components
-from tests.pipelines import RESOLUTION, tiny_pipeline
-
-
-@pytest.fixture(scope="session")
-def pipelines(tmp_path_factory):
-    """Folders of the tiny pipelines, by kind."""
-    root = tmp_path_factory.mktemp("pipelines")
-    return {kind: tiny_pipeline(root / kind, kind=kind) for kind in ("sd1", "sd2")}
-
-
-@pytest.fixture(scope="session")
-def images(tmp_path_factory):
-    """A folder of 16 captioned pictures."""
-    root = tmp_path_factory.mktemp("images")
-    rows = []
-    for number in range(16):
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{number:02d}.png")
-        rows.append({"file_name": f"{number:02d}.png", "text": f"a cat or dog {number}"})
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
+from tests.pipelines import RESOLUTION
 
 
 @pytest.fixture
@@ -100,8 +77,3 @@ def train(settings, trainer_for):
         return {k: p.detach().clone() for k, p in trainer.parameters.items()}, events
 
     return run
-
-
-def equal(one, other):
-    """Two sets of named tensors are the same, bit for bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)

@@ -9,7 +9,7 @@ from iet_sd.engine import checkpoint
 from iet_sd.engine.rounds import RoundDone, ShardDone
 from iet_sd.engine.tracking import MetricsFile
 from iet_sd.errors import UserError
-from tests.engine.conftest import equal
+from tests.compare import equal
 
 RUN = {"num_shards": 2, "num_rounds": 4, "steps_per_round": 3, "lr_scheduler": "cosine"}
 

@@ -16,7 +16,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from iet_sd.data.shards import visits
 from iet_sd.engine.rounds import RoundDone, ShardDone
 from iet_sd.seeding import seed_for
-from tests.engine.conftest import equal
+from tests.compare import equal
 from tests.pipelines import RESOLUTION
 
 PLAIN = {"method": "none", "num_rounds": 1, "steps_per_round": 5, "center_crop": True}

@@ -1,0 +1,232 @@
+"""The command line from end to end: what a run leaves behind, and one clear error for a mistake."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from iet_sd.cli import train
+from tests.compare import equal
+from tests.pipelines import RESOLUTION
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def argv(pipelines, images, tmp_path):
+    """Flags of a short run; a keyword replaces, adds, or with None takes away a flag."""
+
+    def make(**given):
+        flags = {
+            "pretrained_model_name_or_path": pipelines["sd1"],
+            "train_data_dir": images,
+            "output_dir": tmp_path / "output",
+            "cache_dir": tmp_path / "cache",
+            "resolution": RESOLUTION,
+            "train_batch_size": 4,
+            "num_shards": 2,
+            "num_rounds": 2,
+            "steps_per_round": 2,
+            "seed": 0,
+            "report_to": "none",
+        } | given
+        pairs = [(f"--{k}", v) for k, v in flags.items() if v is not None]
+        return [str(part) for flag, v in pairs for part in ([flag] if v == "" else [flag, v])]
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its settings for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def unet(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def launched(argv, processes):
+    """Run by ``accelerate launch`` in several processes; returns exit status and output."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
+    launch += ["--num_processes", str(processes), "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "train_iet_sd.py"), *argv],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_run_leaves_a_pipeline_and_its_records(argv, tmp_path, capsys):
+    flags = argv(report_to="tensorboard", validation_rounds=1, num_validation_images=2)
+    prompts = ["--validation_prompts", "a cat", "a dog", "--validation_inference_steps", "2"]
+    assert train([*flags, *prompts]) == 0
+    output = tmp_path / "output"
+    assert {p.name for p in output.iterdir()} == {
+        "README.md",
+        "checkpoint-1",
+        "checkpoint-2",
+        "logs",
+        "metrics.jsonl",
+        "model_index.json",
+        "sample_grid.png",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "training_config.yaml",
+        "unet",
+        "vae",
+        "validation-1.png",
+        "validation-2.png",
+    }
+    assert Image.open(output / "sample_grid.png").width == 2 * 128
+    assert list((output / "logs").rglob("events.out.tfevents*"))
+    lines = metrics(output)
+    assert [(line["kind"], line["round"], line.get("shard")) for line in lines] == [
+        ("shard", 1, 0),
+        ("shard", 1, 1),
+        ("round", 1, None),
+        ("shard", 2, 0),
+        ("shard", 2, 1),
+        ("round", 2, None),
+    ]
+    assert "Saved to" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_precision_of_16_bits_trains_on_the_cpu(argv, tmp_path):
+    assert train(argv(mixed_precision="bf16", train_mode="lora")) == 0
+    (weights,) = (tmp_path / "output").glob("*.safetensors")
+    assert {str(t.dtype) for t in load_file(weights).values()} == {"torch.float32"}
+
+
+def test_resumed_equals_never_stopped(argv, tmp_path):
+    """From the first checkpoint, with the later ones and the result gone."""
+    whole, broken = tmp_path / "output", tmp_path / "broken"
+    assert train(argv()) == 0
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-1", broken / "checkpoint-1")
+    shutil.copyfile(whole / "metrics.jsonl", broken / "metrics.jsonl")
+    assert train(argv(output_dir=broken, resume_from_checkpoint="latest")) == 0
+    assert equal(unet(whole), unet(broken))
+    assert len(metrics(broken)) == len(metrics(whole))
+
+
+def test_two_processes_equal_one(argv, tmp_path):
+    """Shard k on process k; with two shards the sum has one order, so to the last bit."""
+    status, output = launched(argv(num_rounds=3), processes=2)
+    assert status == 0, output
+    assert "2 x cpu" in output
+    assert train(argv(num_rounds=3, output_dir=tmp_path / "one")) == 0
+    assert equal(unet(tmp_path / "output"), unet(tmp_path / "one"))
+    exact = [
+        {k: v for k, v in line.items() if k not in ("seconds", "peak_memory")}
+        for folder in ("output", "one")
+        for line in metrics(tmp_path / folder)
+    ]
+    assert exact[: len(exact) // 2] == exact[len(exact) // 2 :]
+
+
+def test_more_processes_than_shards(argv):
+    status, output = launched(argv(num_shards=2), processes=3)
+    assert status != 0
+    assert "error: 3 processes for 2 shards" in output
+
+
+def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsys):
+    assert train(argv(dry_run="")) == 0
+    said = capsys.readouterr().out
+    assert "samples:   16 in 2 shards of 8, 8" in said
+    assert "2 rounds of 2 updates per shard: 4 for each proxy, 8 together" in said
+    assert "bank_bins: 50" in said
+    assert "memory:" in said
+    assert "time:" in said
+    assert not (tmp_path / "output").exists()
+
+
+def test_an_earlier_result_is_not_written_over(argv, capsys):
+    assert train(argv(num_rounds=1)) == 0
+    assert train(argv(num_rounds=1)) == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+    assert train(argv(num_rounds=1, overwrite_output_dir="")) == 0
+
+
+MISTAKES = {
+    "no such model": ({"pretrained_model_name_or_path": "./nowhere"}, "no folder ./nowhere"),
+    "no such data": ({"train_data_dir": "nowhere"}, "nowhere"),
+    "wrong caption column": ({"caption_column": "prompt"}, "--caption_column text"),
+    "more shards than images": ({"num_shards": 17}, "lower --num_shards"),
+    "contradiction": ({"method": "none", "num_shards": 4}, "--method none is plain"),
+    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "no checkpoint-"),
+    "odd resolution": ({"resolution": 36}, "multiple of 8"),
+    "missing tracker": ({"report_to": "wandb"}, "pip install wandb"),
+    "no xformers": ({"enable_xformers_memory_efficient_attention": ""}, "requirements-xformers"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_clear_error(given, message, argv, capsys):
+    assert train(argv(**given)) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("error: ")
+    assert message in said.err
+    assert "Traceback" not in said.err + said.out
+
+
+def odd_folder(root):
+    """Pictures of all kinds, a file that is none, and one without a caption."""
+    root.mkdir()
+    noise = Image.effect_noise((40, 40), 80)
+    noise.convert("P").save(root / "palette.png")
+    noise.convert("CMYK").save(root / "cmyk.jpg")
+    noise.convert("RGBA").save(root / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.convert("RGB").save(root / "turned.jpg", exif=exif)
+    whole = root / "turned.jpg"
+    (root / "cut.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    (root / "text.png").write_text("not a picture")
+    noise.save(root / "mute.png")
+    for picture in list(root.iterdir()):
+        if picture.name != "mute.png":
+            picture.with_suffix(".txt").write_text(f"a cat, {picture.stem}")
+    return root
+
+
+def test_a_folder_of_odd_files(argv, tmp_path, capsys):
+    folder = odd_folder(tmp_path / "odd")
+    assert train(argv(train_data_dir=folder)) == 2
+    assert "mute.png" in capsys.readouterr().err
+    assert train(argv(train_data_dir=folder, on_missing_caption="skip")) == 2
+    said = capsys.readouterr().err
+    assert "cut.jpg" in said
+    assert "text.png" in said
+    assert "Traceback" not in said
+    skipping = {"on_missing_caption": "skip", "on_bad_image": "skip"}
+    assert train(argv(train_data_dir=folder, **skipping)) == 0
+    assert sum(line["size"] for line in metrics(tmp_path / "output")[:2]) == 4
+
+    one = tmp_path / "one"
+    one.mkdir()
+    shutil.copyfile(folder / "alpha.png", one / "alpha.png")
+    (one / "alpha.txt").write_text("a cat")
+    elsewhere = {"output_dir": tmp_path / "elsewhere"}
+    assert train(argv(train_data_dir=one, num_shards=4, **elsewhere)) == 2
+    assert "1 sample cannot fill 4 shards" in capsys.readouterr().err
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert train(argv(train_data_dir=empty, **elsewhere)) == 2
+    assert "no images" in capsys.readouterr().err.lower()
