@@ -34,6 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from demo import emoji
 from demo.make_data import wanted
+from iet_sd.models.saving import load_in_fp32
 
 logger = logging.getLogger("demo.pretrain")
 SIZE = 64
@@ -316,6 +317,7 @@ def save_pipeline(
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(output)
+    load_in_fp32(output)
 
 
 def image_grid(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:

@@ -395,7 +395,7 @@ def from_layers(*layers: dict[str, Any]) -> Config:
                 stood_for[name] = set(choice[layer[name]])
         values |= layer
         for keys in stood_for.values():
-            keys -= layer.keys()
+            keys.difference_update(layer)
     if "pretrained_model_name_or_path" not in values:
         raise UserError(
             "Which model? Give --pretrained_model_name_or_path, or a --config that names it."

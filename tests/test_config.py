@@ -108,11 +108,7 @@ def _lines(text):
 
 @pytest.mark.parametrize("name", DIFFUSERS)
 def test_default_is_that_of_diffusers(name):
-    given = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
-    if name == "dataset_name":
-        assert FIELDS[name].default is None
-    else:
-        assert from_layers(given).as_dict()[name] == DIFFUSERS[name]
+    assert from_layers(NEEDED).as_dict()[name] == DIFFUSERS[name]
 
 
 def test_defaults_in_the_help_are_the_ones_in_force():
@@ -156,8 +152,11 @@ def test_method_flag_replaces_single_values_of_the_file(loaded):
 def test_nothing_remains_of_the_method_in_the_file(loaded, method):
     """Not even what the new method does not speak of: the one shard of method none."""
     assert loaded("method: none", "--method", method) == loaded("", "--method", method)
-    with_shards = loaded("method: none\nnum_shards: 1", "--method", "iet")
-    assert with_shards["num_shards"] == 1  # this the file says itself
+
+
+def test_what_the_file_says_itself_remains_under_another_method(loaded):
+    assert loaded("method: none\nnum_shards: 1", "--method", "iet")["num_shards"] == 1
+    assert loaded("method: iet\nnum_shards: 8", "--method", "iet_agc")["num_shards"] == 8
 
 
 def test_length_flag_replaces_the_other_kind_of_length_in_the_file(loaded):

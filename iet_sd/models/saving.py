@@ -39,6 +39,7 @@ def save_pipeline(components: Components, folder: Path) -> None:
         for part in parts_of(components.folder):
             _copy_part(part, components, staging / part)
         _write_scheduler(components, staging / "scheduler")
+        load_in_fp32(staging)
         shutil.copyfile(components.folder / INDEX, staging / INDEX)
 
 
@@ -54,6 +55,20 @@ def save_lora(components: Components, folder: Path) -> None:
             unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
             **_collate_lora_metadata({"unet": unet}),
         )
+
+
+def load_in_fp32(pipeline: Path) -> None:
+    """Have transformers' parts load in fp32, whatever they are stored in, unless asked otherwise.
+
+    ``from_pretrained`` without a dtype takes the one in the config for these (transformers 5), but
+    fp32 for diffusers' parts: a text encoder stored in fp16 would not work with the UNet.
+    """
+    for config in pipeline.glob("*/config.json"):
+        content = read_json(config)
+        if "_diffusers_version" not in content:
+            content.pop("torch_dtype", None)
+            content["dtype"] = "float32"
+            config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _copy_part(part: str, components: Components, target: Path) -> None:

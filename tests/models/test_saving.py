@@ -217,3 +217,17 @@ def test_result_can_take_the_place_of_its_source(tmp_path):
     save_result(components, config, source)
     assert files_of(source) == names
     assert torch.equal(load_file(source / UNET)["conv_in.bias"], components.unet.conv_in.bias)
+
+
+def test_a_source_stored_in_fp16_gives_a_result_that_loads_without_a_dtype(folders, tmp_path):
+    half = tmp_path / "half"
+    pipeline = StableDiffusionPipeline.from_pretrained(folders["sd1"])
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(half)
+    save_result(*trained(half), tmp_path / "result")
+    result = StableDiffusionPipeline.from_pretrained(tmp_path / "result")
+    parts = (result.unet, result.vae, result.text_encoder)
+    assert {part.dtype for part in parts} == {torch.float32}
+    assert np.isfinite(result("a cat", **CALL).images).all()
+    as_stored = load_file(tmp_path / "result" / "text_encoder" / "model.safetensors")
+    assert {tensor.dtype for tensor in as_stored.values()} == {torch.float16}
