@@ -34,6 +34,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from demo import emoji
 from demo.make_data import wanted
+from demo.pictures import reconstruct, to_pixels
+from iet_sd.diffusion import per_sample_loss, snr_weights
 from iet_sd.models.saving import load_in_fp32
 
 logger = logging.getLogger("demo.pretrain")
@@ -208,6 +210,8 @@ def train_unet(
 ) -> None:
     """UNet and text encoder together, on noise prediction, with 10 % empty captions.
 
+    Min-SNR weights, since a short training must not spend itself on the last bit of noise.
+
     ``save`` is given their exponential moving averages, now and then and at the end.
     """
     torch.manual_seed(seed)
@@ -266,7 +270,7 @@ def train_unet(
     running = 0.0
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, 1e-3, warmup=500)
+            group["lr"] = cosine_rate(step, steps, 1e-3)
         index = torch.randint(len(texts), (batch_size,), generator=generator)
         view = torch.randint(len(views), (batch_size,), generator=generator)
         latents = mean[view, index]
@@ -278,7 +282,8 @@ def train_unet(
         noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
         prompt_embeds = text_encoder(input_ids)[0]
         model_pred = unet(noisy_latents, timesteps, prompt_embeds).sample
-        loss = F.mse_loss(model_pred, noise)
+        weight_B = snr_weights(noise_scheduler, timesteps, gamma=5.0)
+        loss = (per_sample_loss(model_pred, noise) * weight_B).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -318,29 +323,6 @@ def save_pipeline(
         requires_safety_checker=False,
     ).save_pretrained(output)
     load_in_fp32(output)
-
-
-def image_grid(images: list[Image.Image], columns: int, scale: int = 2) -> Image.Image:
-    """Images row by row on one sheet, each enlarged ``scale`` times."""
-    side = SIZE * scale
-    sheet = Image.new("RGB", (columns * side, math.ceil(len(images) / columns) * side), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image.resize((side, side)), (i % columns * side, i // columns * side))
-    return sheet
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pixels: torch.Tensor) -> list[Image.Image]:
-    """The images of ``pixels`` in [-1, 1] after encoding (mean) and decoding."""
-    output = vae.decode(vae.encode(pixels).latent_dist.mean).sample
-    array = ((output.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(a) for a in array]
-
-
-def to_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """RGB images to (N, 3, H, W) in [-1, 1]."""
-    array = np.stack([np.asarray(image.convert("RGB")) for image in images])
-    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def main() -> None:

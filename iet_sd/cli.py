@@ -10,6 +10,7 @@ import os
 import secrets
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,11 @@ def _train(config: Config) -> None:
     """Check everything that can be checked without weights, then train."""
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration, broadcast_object_list
+    from accelerate.utils import (
+        InitProcessGroupKwargs,
+        ProjectConfiguration,
+        broadcast_object_list,
+    )
 
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
@@ -57,9 +62,14 @@ def _train(config: Config) -> None:
         _check_output_dir(output_dir, config)
 
     logging_dir = output_dir / config.training.logging_dir
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and config.training.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
+    timeout = timedelta(seconds=config.training.ddp_timeout)
     accelerator = Accelerator(
         # Else several processes on a machine without a GPU would each train alone.
-        cpu=not torch.accelerator.is_available(),
+        cpu=on_cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         mixed_precision=config.training.mixed_precision,
         log_with=None if config.training.report_to == "none" else config.training.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),

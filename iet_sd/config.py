@@ -295,12 +295,15 @@ class TrainingConfig:
     """Images per validation prompt."""
     validation_inference_steps: int = 25
     """Denoising steps of validation images."""
+    ddp_timeout: int = 7200
+    """Seconds that a process waits for the others at the end of a round before it gives up."""
     dry_run: bool = False
     """Print the resolved settings, shard sizes, updates, memory and time, then stop."""
 
     def __post_init__(self) -> None:
         _positive(self, "num_train_epochs", "gradient_accumulation_steps", "num_validation_images")
         _positive(self, "learning_rate", "max_grad_norm", "validation_inference_steps")
+        _positive(self, "ddp_timeout")
         _not_negative(self, "lr_warmup_steps", "adam_weight_decay", "noise_offset")
         _not_negative(self, "checkpointing_rounds", "adam_epsilon")
         for name in ("adam_beta1", "adam_beta2"):

@@ -65,7 +65,7 @@ class Reporter:
         if isinstance(event, StepDone):
             self._show_step(event)
         elif isinstance(event, ShardDone):
-            self.steps.reset()
+            self._show_shard(event)
         else:
             self._show_round(event)
 
@@ -90,6 +90,20 @@ class Reporter:
         values = {"step/loss": event.loss, "step/learning_rate": event.learning_rate}
         self.accelerator.log(values, step=self.steps_seen)
 
+    def _show_shard(self, event: ShardDone) -> None:
+        self.steps.reset()
+        if self.config.method.step_unit == "update" and event.counts.updates < self.steps.total:
+            logger.warning(
+                "round %d, shard %d ended after %d of %d updates: of %d samples %d were skipped. "
+                "Lower --agc_threshold.",
+                event.round,
+                event.shard,
+                event.counts.updates,
+                self.steps.total,
+                event.counts.scored,
+                event.counts.skipped,
+            )
+
     def _show_round(self, event: RoundDone) -> None:
         self.rounds.update()
         lines = self.metrics.add(event)
@@ -107,9 +121,7 @@ class Reporter:
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     images = np.asarray(picture)[None]
-                    tracker.log_images(
-                        {"validation": images}, self.steps_seen, dataformats="NHWC"
-                    )
+                    tracker.log_images({"validation": images}, self.steps_seen, dataformats="NHWC")
                 elif tracker.name == "wandb":
                     tracker.log_images({"validation": [picture]}, self.steps_seen)
 

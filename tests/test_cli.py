@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -184,6 +185,12 @@ def test_a_mistake_is_one_clear_error(given, message, argv, capsys):
     assert said.err.splitlines()[-1].startswith("error: ")
     assert message in said.err
     assert "Traceback" not in said.err + said.out
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_fp16_needs_a_gpu(argv, capsys):
+    assert train(argv(mixed_precision="fp16")) == 2
+    assert "needs a GPU" in capsys.readouterr().err
 
 
 def odd_folder(root):

@@ -273,6 +273,7 @@ MISTAKES = [
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
     ({"num_validation_images": 0}, "--num_validation_images"),
     ({"validation_inference_steps": 0}, "--validation_inference_steps"),
+    ({"ddp_timeout": 0}, "--ddp_timeout"),
     ({"learning_rate": 0.0}, "--learning_rate"),
     ({"learning_rate": float("nan")}, "--learning_rate"),
     ({"max_grad_norm": 0.0}, "--max_grad_norm"),

@@ -36,6 +36,7 @@ _FREE = {
     "cache_dir",
     "check_images",
     "dataloader_num_workers",
+    "ddp_timeout",
     "output_dir",
     "overwrite_output_dir",
     "checkpointing_rounds",
