@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from iet_sd import config as settings
+from iet_sd.arguments import load
 from iet_sd.config import Config
 from iet_sd.errors import UserError
 
@@ -27,7 +27,7 @@ logger = logging.getLogger("iet_sd")
 def train(argv: Sequence[str]) -> int:
     """Run ``train_iet_sd.py``; returns the exit status. A user's mistake is one line, status 2."""
     try:
-        _train(settings.load(argv))
+        _train(load(argv))
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
@@ -50,7 +50,7 @@ def _train(config: Config) -> None:
 
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
-    from iet_sd.engine import plan
+    from iet_sd.engine import checkpoint, plan
     from iet_sd.models.attention import check_attention
     from iet_sd.models.loading import check_model
 
@@ -76,8 +76,10 @@ def _train(config: Config) -> None:
     )
     _set_up_logging(accelerator.is_main_process)
     plan.check_processes(config, accelerator.num_processes)
-    seed = config.training.seed
-    if seed is None:
+    seed, resume = config.training.seed, config.training.resume_from_checkpoint
+    if seed is None and resume:
+        seed = checkpoint.seed_of(checkpoint.find(output_dir, resume))
+    elif seed is None:
         (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
     config = dataclasses.replace(
         config,
@@ -166,6 +168,8 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
         folder = checkpoint.find(output_dir, training.resume_from_checkpoint)
         checkpoint.load(folder, state, identity)
         logger.info("going on after round %d, from %s", state.round, folder)
+    elif accelerator.is_main_process:
+        checkpoint.remove_all(output_dir)
 
     reporter = Reporter(config, accelerator, components, state.round, steps)
     for event in trainer.run(state):
@@ -190,9 +194,8 @@ def _check_output_dir(output_dir: Path, config: Config) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
     training = config.training
-    if (output_dir / "metrics.jsonl").exists() and not (
-        training.overwrite_output_dir or training.resume_from_checkpoint
-    ):
+    earlier = [*output_dir.glob("metrics.jsonl"), *output_dir.glob("checkpoint-*")]
+    if earlier and not (training.overwrite_output_dir or training.resume_from_checkpoint):
         raise UserError(
             f"--output_dir {output_dir} holds an earlier run. Go on with it by "
             "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give "

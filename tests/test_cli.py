@@ -126,6 +126,14 @@ def test_resumed_equals_never_stopped(argv, tmp_path):
     assert len(metrics(broken)) == len(metrics(whole))
 
 
+def test_a_seed_that_was_drawn_goes_on(argv, tmp_path):
+    assert train(argv(seed=None)) == 0
+    whole = unet(tmp_path / "output")
+    shutil.rmtree(tmp_path / "output" / "checkpoint-2")
+    assert train(argv(seed=None, resume_from_checkpoint="latest")) == 0
+    assert equal(unet(tmp_path / "output"), whole)
+
+
 def test_two_processes_equal_one(argv, tmp_path):
     """Shard k on process k; with two shards the sum has one order, so to the last bit."""
     status, output = launched(argv(num_rounds=3), processes=2)
@@ -158,11 +166,12 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsy
     assert not (tmp_path / "output").exists()
 
 
-def test_an_earlier_result_is_not_written_over(argv, capsys):
-    assert train(argv(num_rounds=1)) == 0
+def test_an_earlier_result_is_not_written_over(argv, tmp_path, capsys):
+    assert train(argv(num_rounds=2)) == 0
     assert train(argv(num_rounds=1)) == 2
     assert "holds an earlier run" in capsys.readouterr().err
     assert train(argv(num_rounds=1, overwrite_output_dir="")) == 0
+    assert [p.name for p in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 MISTAKES = {

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from iet_sd import cli
-from iet_sd.config import SECTIONS, _field_docs, build_parser, from_layers, load
+from iet_sd.arguments import _field_docs, build_parser, from_layers, load
+from iet_sd.config import SECTIONS
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS
 

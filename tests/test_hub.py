@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from iet_sd import hub
-from iet_sd.config import from_layers, load
+from iet_sd.arguments import from_layers, load
 
 ROUNDS = [
     {"kind": "round", "updates": 5, "scored": 20, "trained": 14, "skipped": 6},

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "iet_sd"
 LAYERS = (
     ("errors", "presets", "seeding", "files"),  # L0
     ("config",),
+    ("arguments",),
     ("method", "diffusion"),  # L1
     ("data", "models"),  # L2
     ("engine", "sampling"),  # L3

@@ -119,12 +119,24 @@ def find(output_dir: Path, name: str) -> Path:
     )
 
 
+def seed_of(folder: Path) -> int:
+    """The seed of the run that made the checkpoint, which a resumed run has to share."""
+    return _read(folder)["identity"]["seed"]
+
+
+def remove_all(output_dir: Path) -> None:
+    """Delete all checkpoints of an earlier run, which would pass for those of a new one."""
+    for path in output_dir.glob("checkpoint-*"):
+        if _NAME.fullmatch(path.name):
+            shutil.rmtree(path)
+
+
 def read_round(folder: Path, identity: dict[str, Any]) -> int:
     """The round of a checkpoint, after checking that it is whole and of this very run.
 
     Errors: `UserError` naming missing files, or every setting that differs.
     """
-    content = json.loads((folder / "state.json").read_text())
+    content = _read(folder)
     for name, size in content["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -155,6 +167,10 @@ def load(folder: Path, state: State, identity: dict[str, Any]) -> None:
     state.shard_of_N, state.skips_N = samples["shard_of"], samples["skips"]
     for shard, proxy in state.proxies.items():
         _load_proxy(folder, shard, proxy)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "state.json").read_text())
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

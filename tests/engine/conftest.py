@@ -3,7 +3,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from iet_sd.config import Config, from_layers
+from iet_sd.arguments import from_layers
+from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages
 from iet_sd.data.shards import split
 from iet_sd.data.sources import load_source

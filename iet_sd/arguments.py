@@ -1,0 +1,205 @@
+"""`load` fills the settings of `iet_sd.config` from YAML and the command line.
+
+Lowest first: a field's default, the ``--config`` file, the flags. In each of these layers
+``method`` and ``preset`` stand for the values they name (`iet_sd.presets`), and what is written out
+beside them wins; so ``--preset paper`` also replaces a ``bank_bins`` of the file.
+"""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from iet_sd.config import SECTIONS, Config
+from iet_sd.errors import UserError
+from iet_sd.presets import METHODS, PRESETS
+
+# Two ways to say one thing: a later layer that uses one of them lets go of the other.
+_EXCLUSIVE = (("steps_per_round", "max_train_steps"), ("dataset_name", "train_data_dir"))
+
+
+def load(argv: Sequence[str]) -> Config:
+    """The settings of a command line, with the file of ``--config`` as defaults.
+
+    Errors: `UserError` for an unknown key, a value of the wrong type, or a contradiction.
+    """
+    parsed, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
+        raise UserError(f"unknown flag {unknown[0]}.{_close_matches(unknown[0].strip('-'), names)}")
+    flags = vars(parsed)
+    path = flags.pop("config", None)
+    return from_layers(_read_yaml(Path(path)) if path else {}, flags)
+
+
+def from_layers(*layers: dict[str, Any]) -> Config:
+    """Settings from flat mappings, the later ones winning over the earlier."""
+    known = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+    choices = {"preset": PRESETS, "method": METHODS}
+    values: dict[str, Any] = {}
+    stood_for: dict[str, set[str]] = {name: set() for name in choices}
+    for layer in ({name: known[name].default for name in choices}, *layers):
+        for one, other in (*_EXCLUSIVE, *[pair[::-1] for pair in _EXCLUSIVE]):
+            if one in layer and other not in layer:
+                values.pop(other, None)
+        for name, choice in choices.items():
+            if name in layer:
+                # With the choice of a lower layer goes what it stood for, such as the one shard
+                # of method none.
+                for key in stood_for[name]:
+                    del values[key]
+                values |= choice[layer[name]]
+                stood_for[name] = set(choice[layer[name]])
+        values |= layer
+        for keys in stood_for.values():
+            keys.difference_update(layer)
+    if "pretrained_model_name_or_path" not in values:
+        raise UserError(
+            "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
+        )
+    return Config(
+        **{
+            section: cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
+            for section, cls in SECTIONS.items()
+        }
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag a field, its text the docstring under the field."""
+    parser = _Parser(
+        prog="train_iet_sd.py",
+        description="Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains "
+        "without memorizing the training images. Start with accelerate launch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="YAML file with defaults for the flags below")
+    for cls in SECTIONS.values():
+        title = cls.__name__.removesuffix("Config").lower()
+        group = parser.add_argument_group(title, inspect.cleandoc(cls.__doc__ or "").split("\n")[0])
+        docs, hints = _field_docs(cls), typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            options = _flag_options(hints[field.name])
+            text = docs[field.name].replace("%", "%%")
+            if field.default is dataclasses.MISSING:
+                text += " (required)"
+            elif field.default is not None and not isinstance(field.default, tuple):
+                text += f" (default: {field.default})"
+            elif isinstance(field.default, tuple):
+                text += f" (default: {' '.join(field.default)})"
+            # SUPPRESS keeps a flag that was not given out of the result, so the file can fill it.
+            group.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def _flag_options(hint: Any) -> dict[str, Any]:
+    """Keyword arguments of ``add_argument`` for a field's type."""
+    hint = _without_none(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Literal:
+        return {"choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", "metavar": "TEXT", "action": _StoreTuple}
+    return {"type": hint, "metavar": hint.__name__.upper()}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a flag as any other mistake, without two pages of usage."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+class _StoreTuple(argparse.Action):
+    """Stores several values as a tuple, so that settings stay hashable."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(values))
+
+
+def _without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return hint
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A flat YAML mapping with every key known and every value of its field's type."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: expected lines of `name: value`, got {content!r:.80}.")
+    hints = {
+        name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {key: _checked(key, value, hints, path) for key, value in content.items()}
+
+
+def _checked(key: str, value: Any, hints: dict[str, Any], path: Path) -> Any:
+    """``value`` as the type of field ``key``, or a `UserError` that names key and file."""
+    if key not in hints:
+        close = _close_matches(str(key), hints)
+        raise UserError(f"--config {path}: unknown key {key!r}.{close}")
+    hint, bare = hints[key], _without_none(hints[key])
+    if value is None and hint is not bare:
+        return None
+    if typing.get_origin(bare) is Literal:
+        if value is False and "no" in typing.get_args(bare):
+            value = "no"  # YAML reads a bare `no` as false
+        if value in typing.get_args(bare):
+            return value
+        expected = "one of " + ", ".join(typing.get_args(bare))
+    elif typing.get_origin(bare) is tuple:
+        if isinstance(value, list) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        expected = "a list of texts"
+    elif bare is float:
+        # YAML reads 1e-4 as a text, since its numbers need a point.
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+        expected = "a number"
+    elif isinstance(value, bare) and not (bare is int and isinstance(value, bool)):
+        return value
+    else:
+        expected = {"int": "a whole number", "str": "a text", "bool": "true or false"}[
+            bare.__name__
+        ]
+    raise UserError(f"--config {path}: {key} must be {expected}; got {value!r}.")
+
+
+def _close_matches(key: str, known: typing.Iterable[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(key, known, n=3)
+    return f" Did you mean {' or '.join(close)}?" if close else " See --help for the known names."
+
+
+def _field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, by field name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
