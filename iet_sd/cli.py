@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from iet_sd.arguments import load
 from iet_sd.config import Config
-from iet_sd.errors import UserError
+from iet_sd.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from iet_sd.data.sources import Source
@@ -32,9 +32,9 @@ def train(argv: Sequence[str]) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted. Go on with --resume_from_checkpoint latest.", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
     return 0
 
 
@@ -113,7 +113,8 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
 
     from iet_sd.data.dataset import TrainingImages
     from iet_sd.engine import checkpoint, plan
-    from iet_sd.engine.rounds import RoundDone, Trainer
+    from iet_sd.engine.checkpointer import Checkpointer
+    from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.step import Objective
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
@@ -122,7 +123,6 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
     from iet_sd.seeding import seed_for
 
     training, device = config.training, accelerator.device
-    output_dir = Path(training.output_dir)
     dtype = plan.weight_dtype(training.mixed_precision)
     components = load_components(config.model, dtype, config.data.cache_dir)
     components.latent_size(config.data.resolution)
@@ -164,26 +164,14 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
     )
     state = trainer.start(shard_of_N)
     identity = checkpoint.identity(config, steps, source.sample_ids)
-    if training.resume_from_checkpoint:
-        folder = checkpoint.find(output_dir, training.resume_from_checkpoint)
-        checkpoint.load(folder, state, identity)
-        logger.info("going on after round %d, from %s", state.round, folder)
-    elif accelerator.is_main_process:
-        checkpoint.remove_all(output_dir)
-
+    barrier = accelerator.wait_for_everyone
+    checkpointer = Checkpointer(training, trainer, state, identity, barrier)
+    checkpointer.start()
     reporter = Reporter(config, accelerator, components, state.round, steps)
-    for event in trainer.run(state):
-        reporter.show(event)
-        every = training.checkpointing_rounds
-        if isinstance(event, RoundDone) and every and state.round % every == 0:
-            checkpoint.save(
-                output_dir,
-                state,
-                identity,
-                training.checkpoints_total_limit,
-                accelerator.process_index,
-                accelerator.wait_for_everyone,
-            )
+    with checkpointer.stopping_on_signals():
+        for event in trainer.run(state):
+            reporter.show(event)
+            checkpointer.after(event)
     if accelerator.is_main_process:
         reporter.finish(len(source.sample_ids))
     accelerator.wait_for_everyone()

@@ -49,8 +49,7 @@ class ModelConfig:
         _positive(self, "rank", "lora_alpha")
         if not self.lora_target_modules:
             raise UserError("--lora_target_modules must name at least one layer.")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout must lie in [0, 1); got {self.lora_dropout}.")
+        _below_one(self, "lora_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,8 @@ class DataConfig:
     dataset_config_name: str | None = None
     """Configuration of the data set, if it has several."""
     train_data_dir: str | None = None
-    """Local data: a folder of images with metadata.jsonl, metadata.csv or .txt / .caption files
-    beside the images; a parquet file or a folder of them; or a data set saved to disk."""
+    """Local data: images with metadata.jsonl, metadata.csv or .txt / .caption files; parquet; or a
+    data set saved to disk."""
     dataset_split: str = "train"
     """Split of the data set to train on."""
     image_column: str = "image"
@@ -182,9 +181,7 @@ class MethodConfig:
         _positive(self, "taa_num_ops", "steps_per_round")
         _not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
         _not_negative(self, "msr_min_skips")
-        for name in ("bank_decay", "msr_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} must lie in [0, 1); got {getattr(self, name)}.")
+        _below_one(self, "bank_decay", "msr_fraction")
         if self.taa_magnitude > 30:
             raise UserError(
                 "--taa_magnitude must be at most 30, the end of RandAugment's scale; "
@@ -257,7 +254,9 @@ class TrainingConfig:
     noise_offset: float = 0.0
     """Scale of an offset of the noise, one number per image and channel."""
     checkpointing_rounds: int = 1
-    """Save a checkpoint after every so many rounds (0: none)."""
+    """Save a checkpoint after every so many rounds (0: none at all)."""
+    checkpointing_steps: int = 500
+    """Save every so many steps within a round too; and when told to stop (Ctrl-C, SIGTERM)."""
     checkpoints_total_limit: int | None = None
     """Keep only so many checkpoints."""
     resume_from_checkpoint: str | None = None
@@ -283,13 +282,11 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "num_train_epochs", "gradient_accumulation_steps", "num_validation_images")
-        _positive(self, "learning_rate", "max_grad_norm", "ddp_timeout")
+        _positive(self, "learning_rate", "max_grad_norm", "ddp_timeout", "checkpointing_steps")
         _positive(self, "validation_inference_steps")
         _not_negative(self, "lr_warmup_steps", "adam_weight_decay", "noise_offset")
         _not_negative(self, "checkpointing_rounds", "adam_epsilon")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} must lie in [0, 1); got {getattr(self, name)}.")
+        _below_one(self, "adam_beta1", "adam_beta2")
         _positive(self, "max_train_steps", "snr_gamma")
         _positive(self, "validation_rounds", "checkpoints_total_limit")
         if self.validation_rounds and not self.validation_prompts:
@@ -348,3 +345,9 @@ def _not_negative(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) >= 0:
             raise UserError(f"--{name} must not be negative; got {getattr(config, name)}.")
+
+
+def _below_one(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name} must lie in [0, 1); got {getattr(config, name)}.")

@@ -180,7 +180,7 @@ MISTAKES = {
     "wrong caption column": ({"caption_column": "prompt"}, "--caption_column text"),
     "more shards than images": ({"num_shards": 17}, "lower --num_shards"),
     "contradiction": ({"method": "none", "num_shards": 4}, "--method none is plain"),
-    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "no checkpoint-"),
+    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "no whole checkpoint-"),
     "odd resolution": ({"resolution": 36}, "multiple of 8"),
     "missing tracker": ({"report_to": "wandb"}, "pip install wandb"),
     "no xformers": ({"enable_xformers_memory_efficient_attention": ""}, "requirements-xformers"),

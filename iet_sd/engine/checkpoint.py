@@ -1,21 +1,26 @@
-"""Checkpoints at round boundaries: safetensors and JSON, whole or not there, resumed exactly.
+"""Checkpoints: safetensors and JSON, whole or not there, resumed exactly.
 
-    checkpoint-3/
-      state.json              round, settings, seed, fingerprint of the data, files and their sizes
+    checkpoint-3/             after round 3, written by all processes together
+      state.json              round, settings, data; size and CRC-32 of every file
       weights.safetensors     trainable weights after the last aggregation
       samples.safetensors     shard and skip count of every sample
       proxy-0.safetensors     own weights if any, AdamW's moments, the bank
       proxy-0.json            schedule, loss scale, queue of kept samples
+      process-0-of-2/step-40/ what process 0 has done of round 4, written by it alone
 
-Every process writes the proxies it holds; a checkpoint can be resumed by any number of processes.
+Processes need each other at the end of a round only, so within one each saves by itself and goes on
+where it was. The checkpoint of a round can be resumed by any number of processes.
 """
 
 import hashlib
 import json
+import logging
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from iet_sd.config import Config
-from iet_sd.engine.proxy import Proxy
-from iet_sd.engine.rounds import State
-from iet_sd.engine.step import Memory, Pending
+from iet_sd.engine.proxy import Proxy, live_weights
+from iet_sd.engine.rounds import Progress, ShardDone, State
+from iet_sd.engine.step import Counts, Memory, Pending
 from iet_sd.errors import UserError
 from iet_sd.files import atomic_folder, staging_for
 from iet_sd.method.agc import Bank
 
+logger = logging.getLogger(__name__)
+MANIFEST = "state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 # Settings that change what is shown or written, and not what is trained.
 _FREE = {
@@ -40,6 +47,7 @@ _FREE = {
     "output_dir",
     "overwrite_output_dir",
     "checkpointing_rounds",
+    "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",
     "report_to",
@@ -74,20 +82,54 @@ def save(
     with atomic_folder(final) if is_main else nullcontext(staging_for(final)) as staging:
         barrier()
         for shard, proxy in state.proxies.items():
-            _save_proxy(staging, shard, proxy)
+            _save_proxy(staging, shard, proxy, proxy.weights)
         barrier()
         if is_main:
             save_file(state.weights, staging / "weights.safetensors")
             samples = {"shard_of": state.shard_of_N, "skips": state.skips_N}
             save_file(samples, staging / "samples.safetensors")
-            files = {path.name: path.stat().st_size for path in sorted(staging.iterdir())}
-            content = {"round": state.round, "identity": identity, "files": files}
-            (staging / "state.json").write_text(json.dumps(content, indent=2))
+            _seal(staging, {"round": state.round, "identity": identity})
+    if is_main and state.round:
+        # Nothing but the start of the run, which the settings give as well.
+        shutil.rmtree(output_dir / "checkpoint-0", ignore_errors=True)
     if is_main and limit:
         for old in _checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old)
     barrier()
     return final
+
+
+def save_within_round(checkpoint: Path, state: State, process: str) -> None:
+    """Write what this process has done since ``checkpoint``; ``process`` is like ``0-of-2``.
+
+    For one process alone, at a `StepDone`.
+    """
+    progress = state.progress
+    folder = checkpoint / f"process-{process}"
+    older = list(folder.glob("step-*"))
+    step = progress.counts.steps + sum(event.counts.steps for event in progress.done)
+    if not folder.exists():
+        folder.mkdir()
+    with atomic_folder(folder / f"step-{step}") as staging:
+        for event in progress.done:
+            proxy = state.proxies[event.shard]
+            _save_proxy(staging, event.shard, proxy, proxy.weights)
+        proxy = state.proxies[progress.shard]
+        _save_proxy(staging, progress.shard, proxy, live_weights(proxy.parameters))
+        for number, total in enumerate(progress.mean.totals()):
+            save_file(total, staging / f"mean-{number}.safetensors")
+        save_file({"new_skips": progress.new_skips_N}, staging / "skips.safetensors")
+        _seal(
+            staging,
+            {
+                "done": [asdict(event) for event in progress.done],
+                "shard": progress.shard,
+                "counts": asdict(progress.counts),
+                "seconds": progress.seconds,
+            },
+        )
+    for path in older:
+        shutil.rmtree(path)
 
 
 def identity(config: Config, steps_per_round: int, sample_ids: Sequence[str]) -> dict[str, Any]:
@@ -100,18 +142,23 @@ def identity(config: Config, steps_per_round: int, sample_ids: Sequence[str]) ->
 def find(output_dir: Path, name: str) -> Path:
     """The folder that ``--resume_from_checkpoint`` means: a path, or ``latest``.
 
+    ``latest`` is the newest that is whole; damaged ones are named in a warning.
     Errors: `UserError` if there is none.
     """
     if name == "latest":
-        found = _checkpoints(output_dir)
-        if not found:
-            raise UserError(
-                f"--resume_from_checkpoint latest: no checkpoint-* in {output_dir}. "
-                "Leave the flag out to start from the beginning."
-            )
-        return found[-1]
+        for folder in reversed(_checkpoints(output_dir)):
+            try:
+                _open(folder)
+            except UserError as error:
+                logger.warning("%s", error)
+            else:
+                return folder
+        raise UserError(
+            f"--resume_from_checkpoint latest: no whole checkpoint-* in {output_dir}. "
+            "Leave the flag out to start from the beginning."
+        )
     for folder in (Path(name), output_dir / name):
-        if (folder / "state.json").is_file():
+        if (folder / MANIFEST).is_file():
             return folder
     there = ", ".join(path.name for path in _checkpoints(output_dir)) or "none"
     raise UserError(
@@ -121,7 +168,7 @@ def find(output_dir: Path, name: str) -> Path:
 
 def seed_of(folder: Path) -> int:
     """The seed of the run that made the checkpoint, which a resumed run has to share."""
-    return _read(folder)["identity"]["seed"]
+    return json.loads((folder / MANIFEST).read_text())["identity"]["seed"]
 
 
 def remove_all(output_dir: Path) -> None:
@@ -131,19 +178,12 @@ def remove_all(output_dir: Path) -> None:
             shutil.rmtree(path)
 
 
-def read_round(folder: Path, identity: dict[str, Any]) -> int:
-    """The round of a checkpoint, after checking that it is whole and of this very run.
+def load(folder: Path, state: State, identity: dict[str, Any]) -> None:
+    """Put ``state``, fresh from `Trainer.start`, back to the end of the checkpoint's round.
 
-    Errors: `UserError` naming missing files, or every setting that differs.
+    Errors: `UserError` naming damaged files, or every setting that differs from ``identity``.
     """
-    content = _read(folder)
-    for name, size in content["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(
-                f"{folder} is damaged: {name} is missing or not {size} bytes long. "
-                "Resume from an older checkpoint."
-            )
+    content = _open(folder)
     saved = content["identity"]
     differences = [
         f"{key}: {saved.get(key)!r} then, {identity.get(key)!r} now"
@@ -156,12 +196,7 @@ def read_round(folder: Path, identity: dict[str, Any]) -> int:
             + "; ".join(differences)
             + ". Use the same ones, or start anew in another --output_dir."
         )
-    return content["round"]
-
-
-def load(folder: Path, state: State, identity: dict[str, Any]) -> None:
-    """Put ``state``, fresh from `Trainer.start`, back to where the checkpoint was made."""
-    state.round = read_round(folder, identity)
+    state.round = content["round"]
     state.weights = load_file(folder / "weights.safetensors")
     samples = load_file(folder / "samples.safetensors")
     state.shard_of_N, state.skips_N = samples["shard_of"], samples["skips"]
@@ -169,19 +204,77 @@ def load(folder: Path, state: State, identity: dict[str, Any]) -> None:
         _load_proxy(folder, shard, proxy)
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "state.json").read_text())
+def load_within_round(
+    checkpoint: Path, state: State, process: str, fresh: Progress
+) -> Progress | None:
+    """What this process did after ``checkpoint``, if it was saved by as many processes.
+
+    ``fresh`` is the progress at the beginning of the round, which is filled in. The steps of a
+    damaged folder are done again, with a warning.
+    """
+    steps = list((checkpoint / f"process-{process}").glob("step-*"))
+    for folder in sorted(steps, key=lambda path: int(path.name[5:]), reverse=True):
+        try:
+            content = _open(folder)
+        except UserError as error:
+            logger.warning("%s", error)
+            continue
+        fresh.mean.load([load_file(path) for path in sorted(folder.glob("mean-*.safetensors"))])
+        fresh.new_skips_N = load_file(folder / "skips.safetensors")["new_skips"]
+        for event in content["done"]:
+            fresh.done.append(ShardDone(**event | {"counts": Counts(**event["counts"])}))
+        fresh.shard, fresh.seconds = content["shard"], content["seconds"]
+        fresh.counts = Counts(**content["counts"])
+        for shard in [*(event.shard for event in fresh.done), fresh.shard]:
+            _load_proxy(folder, shard, state.proxies[shard])
+        return fresh
+    return None
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if (path / "state.json").is_file()]
+    """Complete checkpoints, oldest first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if (path / MANIFEST).is_file()]
     numbered = [(int(m[1]), path) for path in found if (m := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
 
-def _save_proxy(folder: Path, shard: int, proxy: Proxy) -> None:
-    tensors = {f"weights/{name}": tensor for name, tensor in (proxy.weights or {}).items()}
+def _seal(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest, with the checksums of all that lies in ``folder``."""
+    files = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps({**content, "files": files}, indent=2))
+
+
+def _open(folder: Path) -> dict[str, Any]:
+    """The manifest of a folder whose files are as it says. Errors: `UserError`."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        files = content["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is damaged: its {MANIFEST} cannot be read.") from error
+    bad = [name for name, expected in files.items() if _checksum(folder / name) != expected]
+    if bad:
+        raise UserError(
+            f"{folder} is damaged: {', '.join(bad)} missing or not as it was written. "
+            "Resume from an older checkpoint."
+        )
+    return content
+
+
+def _checksum(path: Path) -> list[int] | None:
+    """Size and CRC-32 of a file: enough against damage, and as fast as the disk."""
+    if not path.is_file():
+        return None
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def _save_proxy(
+    folder: Path, shard: int, proxy: Proxy, weights: dict[str, torch.Tensor] | None
+) -> None:
+    tensors = {f"weights/{name}": tensor for name, tensor in (weights or {}).items()}
     for name, moments in proxy.moments().items():
         tensors |= {f"moments/{name}/{key}": tensor for key, tensor in moments.items()}
     bank = proxy.memory.bank

@@ -67,10 +67,7 @@ class Proxy:
         """Hand the live parameters back; returns this proxy's weights on the CPU."""
         self.optimizer.zero_grad(set_to_none=True)
         self._move_optimizer(torch.device("cpu"))
-        self.weights = {
-            name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in self.parameters.items()
-        }
+        self.weights = live_weights(self.parameters)
         return self.weights
 
     def backward(self, loss: Tensor) -> None:
@@ -112,6 +109,11 @@ class Proxy:
                 # AdamW keeps its step counts on the CPU by choice.
                 if isinstance(value, Tensor) and key != "step":
                     state[key] = value.to(device)
+
+
+def live_weights(parameters: Mapping[str, Parameter]) -> Weights:
+    """A copy of the parameters on the CPU."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages, loader
 from iet_sd.data.shards import visits
 from iet_sd.engine import collectives
-from iet_sd.engine.proxy import Proxy, Weights, copy_into
+from iet_sd.engine.proxy import Proxy, Weights, copy_into, live_weights
 from iet_sd.engine.step import Counts, Objective, accumulate_gradient
 from iet_sd.method.aggregate import StreamingMean, StreamingProduct, shard_weights
 from iet_sd.method.msr import redistribute
@@ -72,6 +72,23 @@ Event = StepDone | ShardDone | RoundDone
 
 
 @dataclass
+class Progress:
+    """What this process has done of the round under way."""
+
+    mean: StreamingMean | StreamingProduct
+    """Of the proxies that are done, if the round ends with an average."""
+    new_skips_N: Tensor
+    """int64: skips in this round by this process's shards."""
+    done: list[ShardDone] = field(default_factory=list)
+    shard: int | None = None
+    """The shard whose proxy is in the live parameters."""
+    counts: Counts = field(default_factory=Counts)
+    """Of that shard."""
+    seconds: float = 0.0
+    """Spent on that shard before training was last started."""
+
+
+@dataclass
 class State:
     """All that training changes, listed once; what is not here is derived."""
 
@@ -85,6 +102,8 @@ class State:
     """int64: skips of each sample since the last redistribution, up to the last round's end."""
     proxies: dict[int, Proxy] = field(default_factory=dict)
     """The proxies of this process, by shard."""
+    progress: Progress | None = None
+    """None between rounds."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +138,7 @@ class Trainer:
             )
             for shard in range(self.process_index, method.num_shards, self.num_processes)
         }
-        weights = {name: p.detach().to("cpu", copy=True) for name, p in self.parameters.items()}
+        weights = live_weights(self.parameters)
         return State(0, weights, shard_of_N, torch.zeros_like(shard_of_N), proxies)
 
     def run(self, state: State) -> Iterator[Event]:
@@ -129,36 +148,29 @@ class Trainer:
         copy_into(self.parameters, state.weights)
 
     def run_round(self, state: State) -> Iterator[Event]:
-        """One round of every proxy, then the boundary. All processes take part."""
+        """One round of every proxy, then the boundary. All processes take part.
+
+        Goes on where ``state.progress`` is, which is current at every `StepDone`.
+        """
         method, began = self.config.method, time.perf_counter()
         round = state.round + 1
         aggregates = round % method.aggregate_every == 0 or round == method.num_rounds
         sizes = [int((state.shard_of_N == shard).sum()) for shard in range(method.num_shards)]
         share_K = shard_weights(sizes, method.aggregation_weights)
-        mean = StreamingProduct(self.lora_pairs) if self.lora_pairs else StreamingMean()
-        new_skips_N = torch.zeros_like(state.skips_N)
-        done = []
-        for shard, proxy in state.proxies.items():
-            proxy.enter(state.weights)
-            for event in self.train_shard(state, round, shard, new_skips_N):
-                if isinstance(event, ShardDone):
-                    done.append(event)
-                yield event
-            weights = proxy.leave()
-            if aggregates:
-                mean.add(weights, share_K[shard])
-                proxy.weights = None
+        progress = state.progress = state.progress or self.no_progress(state)
+        finished = {event.shard for event in progress.done}
+        for shard in [k for k in state.proxies if k not in finished]:
+            yield from self.train_shard(state, shard, share_K[shard] if aggregates else None)
 
         # All processes from here to the end of the round: sums over processes.
         gap = None
         if aggregates:
-            state.weights, gap = self._aggregate(mean)
-        collectives.sum_in_place([new_skips_N], self.num_processes)
-        state.skips_N += new_skips_N
-        shards = collectives.gather(done, self.num_processes)
+            state.weights, gap = self._aggregate(progress.mean)
+        collectives.sum_in_place([progress.new_skips_N], self.num_processes)
+        state.skips_N += progress.new_skips_N
+        shards = collectives.gather(progress.done, self.num_processes)
         moved_K = [0] * method.num_shards
         if method.msr and (round - 1) % method.msr_every == 0 and round < method.num_rounds:
-            seed = seed_for(self.seed, "redistribute", round)
             state.shard_of_N, moved = redistribute(
                 state.shard_of_N,
                 state.skips_N,
@@ -166,57 +178,62 @@ class Trainer:
                 method.msr_fraction,
                 method.msr_min_skips,
                 method.msr_ties,
-                seed,
+                seed_for(self.seed, "redistribute", round),
             )
             state.skips_N.zero_()
             moved_K = moved.tolist()
-        state.round = round
+        state.round, state.progress = round, None
         copy_into(self.parameters, state.weights)
         shards.sort(key=lambda event: event.shard)
         seconds = time.perf_counter() - began
         yield RoundDone(round, shards, aggregates, moved_K, gap, seconds)
 
+    def no_progress(self, state: State) -> Progress:
+        """The progress at the beginning of a round."""
+        mean = StreamingProduct(self.lora_pairs) if self.lora_pairs else StreamingMean()
+        return Progress(mean, torch.zeros_like(state.skips_N))
+
     def train_shard(
-        self, state: State, round: int, shard: int, new_skips_N: Tensor
+        self, state: State, shard: int, share: float | None
     ) -> Iterator[StepDone | ShardDone]:
-        """One round of one proxy on its shard; its weights are the live ones."""
-        data, method = self.config.data, self.config.method
-        proxy, began = state.proxies[shard], time.perf_counter()
+        """One round of one proxy on its shard; its weights join the mean with ``share``, if any."""
+        data, method, progress = self.config.data, self.config.method, state.progress
+        if progress.shard is None:
+            progress.shard, progress.counts, progress.seconds = shard, Counts(), 0.0
+        total, round = progress.counts, state.round + 1
+        proxy, began = state.proxies[shard], time.perf_counter() - progress.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+        proxy.enter(state.weights)
         members = (state.shard_of_N == shard).nonzero().flatten().tolist()
-        batches = iter(
-            loader(
-                self.dataset,
-                visits(self.seed, round, shard, members),
-                data.train_batch_size,
-                data.dataloader_num_workers,
-                pin_memory=self.device.type == "cuda",
-            )
+        per_step = data.train_batch_size * self.config.training.gradient_accumulation_steps
+        batches = loader(
+            self.dataset,
+            visits(self.seed, round, shard, members, start=total.steps * per_step),
+            data.train_batch_size,
+            data.dataloader_num_workers,
+            pin_memory=self.device.type == "cuda",
         )
-        total = Counts()
         limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if method.agc else 1)
         while self.progress(total) < self.steps_per_round and total.steps < limit:
             # The one use of a global generator is dropout inside the model.
             torch.manual_seed(seed_for(self.seed, "dropout", round, shard, total.steps))
-            counts = self._step(proxy, batches, new_skips_N)
+            counts = self._step(proxy, batches, progress.new_skips_N)
             total += counts
-            yield StepDone(
-                round,
-                shard,
-                self.progress(total),
-                counts.loss_sum / counts.scored,
-                proxy.learning_rate,
-            )
-        yield ShardDone(
-            round,
-            shard,
-            len(members),
-            total,
-            proxy.learning_rate,
-            time.perf_counter() - began,
-            collectives.peak_memory(self.device),
-        )
+            progress.seconds = time.perf_counter() - began
+            loss = counts.loss_sum / counts.scored
+            yield StepDone(round, shard, self.progress(total), loss, proxy.learning_rate)
+        batches.close()
+        weights = proxy.leave()
+        if share is not None:
+            progress.mean.add(weights, share)
+            proxy.weights = None
+        progress.shard = None
+        peak = collectives.peak_memory(self.device)
+        seconds = time.perf_counter() - began
+        done = ShardDone(round, shard, len(members), total, proxy.learning_rate, seconds, peak)
+        progress.done.append(done)
+        yield done
 
     def progress(self, counts: Counts) -> int:
         """How much of ``steps_per_round`` is done."""
@@ -250,14 +267,12 @@ class Trainer:
 
     def _aggregate(self, mean: StreamingMean | StreamingProduct) -> tuple[Weights, float | None]:
         """The averaged weights, summed over processes. All processes take part."""
-        if isinstance(mean, StreamingMean):
-            total = mean.result()
-            collectives.sum_in_place(total.values(), self.num_processes)
-            return total, None
         for total in mean.totals():
             collectives.sum_in_place(total.values(), self.num_processes)
+        if isinstance(mean, StreamingMean):
+            return mean.result(), None
         if self.config.model.lora_aggregation == "product":
-            total, gaps = mean.result()
+            weights, gaps = mean.result()
         else:
-            total, gaps = mean.totals()[0], mean.gaps()
-        return total, max(gaps.values())
+            weights, gaps = mean.totals()[0], mean.gaps()
+        return weights, max(gaps.values())

@@ -39,6 +39,14 @@ class StreamingMean:
         """The sum of all that was added, not a copy; a mean if the weights summed to 1."""
         return self._total
 
+    def totals(self) -> list[dict[str, Tensor]]:
+        """What was added so far: to be summed over processes, or kept and given to `load`."""
+        return [self._total]
+
+    def load(self, totals: Sequence[dict[str, Tensor]]) -> None:
+        """Go on from what `totals` gave."""
+        (self._total,) = totals
+
 
 class StreamingProduct:
     """The mean of low-rank products BA, factored again to the same rank.
@@ -61,8 +69,14 @@ class StreamingProduct:
         self._products.add(products, weight)
 
     def totals(self) -> list[dict[str, Tensor]]:
-        """What was added so far, by factors and by products: to be summed over processes."""
+        """What was added so far, by factors and by products (see `StreamingMean.totals`)."""
         return [self._factors.result(), self._products.result()]
+
+    def load(self, totals: Sequence[dict[str, Tensor]]) -> None:
+        """Go on from what `totals` gave."""
+        factors, products = totals
+        self._factors.load([factors])
+        self._products.load([products])
 
     def gaps(self) -> dict[str, float]:
         """`factor_gap` of every pair, by the name of its B."""
