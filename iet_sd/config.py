@@ -325,12 +325,8 @@ class Config:
         }
 
 
-SECTIONS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "method": MethodConfig,
-    "training": TrainingConfig,
-}
+_PARTS = (ModelConfig, DataConfig, MethodConfig, TrainingConfig)
+SECTIONS = dict(zip(("model", "data", "method", "training"), _PARTS, strict=True))
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -7,6 +7,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from iet_sd.config import Config
+from iet_sd.engine.tracking import table
 from iet_sd.files import write_text_atomic
 
 GRID = "sample_grid.png"
@@ -33,7 +34,10 @@ def write_settings(folder: Path, config: Config) -> None:
 def write_card(
     folder: Path, config: Config, num_samples: int, rounds: list[dict[str, Any]]
 ) -> None:
-    """Write ``README.md``: what was trained from what, by which method, on which data."""
+    """Write ``README.md``: what was trained from what, by which method, on which data.
+
+    ``rounds`` are lines of metrics.jsonl.
+    """
     model, method, training = config.model, config.method, config.training
     base = _shown(model.pretrained_model_name_or_path)
     lora = model.train_mode == "lora"
@@ -72,6 +76,10 @@ Stable Diffusion fine-tuned from {base}. Method: {_PARTS[method.method]}.
 {rows}
 
 All settings are in `{SETTINGS}`.
+
+```
+{table(rounds)}
+```
 
 ## Use
 

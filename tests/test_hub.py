@@ -6,10 +6,20 @@ from huggingface_hub import ModelCard
 
 from iet_sd import hub
 from iet_sd.arguments import from_layers, load
+from iet_sd.engine.rounds import RoundDone, ShardDone
+from iet_sd.engine.step import Counts
+from iet_sd.engine.tracking import round_line, table
+
+
+def line(number, **counts):
+    """The line of a round of one shard."""
+    shard = ShardDone(number, 0, 10, Counts(**counts), 1e-4, 1.0, 1)
+    return round_line(RoundDone(number, [shard], True, [3], None, 2.5))
+
 
 ROUNDS = [
-    {"kind": "round", "updates": 5, "scored": 20, "trained": 14, "skipped": 6},
-    {"kind": "round", "updates": 4, "scored": 16, "trained": 15, "skipped": 1},
+    line(1, updates=5, scored=20, trained=14, skipped=6),
+    line(2, updates=4, scored=16, trained=15, skipped=1),
 ]
 
 
@@ -50,6 +60,11 @@ def test_metadata(card, given):
     assert data.pipeline_tag == "text-to-image"
     assert {"stable-diffusion", "text-to-image", "diffusers", "iet-agc"} <= set(data.tags)
     assert ("lora" in data.tags) == ("train_mode" in given)
+
+
+def test_the_rounds_are_shown(card):
+    assert table(ROUNDS) in card().text
+    assert "    2  0.000     6.2%" in table(ROUNDS)
 
 
 @pytest.mark.parametrize("given", MODES, ids=["full", "lora"])
