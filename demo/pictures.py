@@ -14,7 +14,7 @@ from datasets import load_dataset
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 
-from iet_sd import config
+from iet_sd import arguments
 from iet_sd.sampling import grid, sample
 
 DOCS = Path("docs")
@@ -37,7 +37,7 @@ def reconstruct(vae: AutoencoderKL, pixels_N3HW: torch.Tensor) -> list[Image.Ima
 def main() -> None:
     """Write both pictures."""
     DOCS.mkdir(exist_ok=True)
-    settings = config.load(["--config", "configs/demo.yaml"])
+    settings = arguments.load(["--config", "configs/demo.yaml"])
     pipeline = StableDiffusionPipeline.from_pretrained("demo/model")
     pipeline.set_progress_bar_config(disable=True)
     test = load_dataset("demo/data", split="test")

@@ -3,9 +3,9 @@
     python -m demo.pretrain --cache DIR --output demo/model
 
 Every part is the real class (``AutoencoderKL``, ``UNet2DConditionModel``, ``CLIPTextModel``,
-``CLIPTokenizer``) at a small size; the result is an ordinary pipeline folder. Three stages, each
-skipped when its result already lies under ``--cache``: tokenizer, VAE, then UNet with text
-encoder. The demo's own images (Fluent style) are never seen here. About two hours on 2 cores.
+``CLIPTokenizer``) at a small size; the result is an ordinary pipeline folder. Three stages: tokenizer, VAE (skipped
+when it already lies under ``--cache``), then UNet with text encoder, saved every 1,000 steps. The
+demo's own images (Fluent style) are never seen here. Two hours on 2 cores.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import copy
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -307,6 +308,7 @@ def save_pipeline(
     output: Path,
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
+    tokenizer_folder: Path,
     unet: UNet2DConditionModel,
     text_encoder: CLIPTextModel,
 ) -> None:
@@ -323,6 +325,8 @@ def save_pipeline(
         requires_safety_checker=False,
     ).save_pretrained(output)
     load_in_fp32(output)
+    for name in ("vocab.json", "merges.txt"):  # what transformers before 5 reads
+        shutil.copyfile(tokenizer_folder / name, output / "tokenizer" / name)
 
 
 def main() -> None:
@@ -349,7 +353,8 @@ def main() -> None:
     pixels_N3HW = to_pixels([e.picture(SIZE) for e in noto])
     texts = [e.text for e in noto]
 
-    tokenizer = train_tokenizer(texts, args.cache / "tokenizer")
+    tokenizer_folder = args.cache / "tokenizer"
+    tokenizer = train_tokenizer(texts, tokenizer_folder)
     vae_folder = args.cache / f"vae{args.latent_channels}"
     if vae_folder.exists():
         vae = AutoencoderKL.from_pretrained(vae_folder)
@@ -371,7 +376,9 @@ def main() -> None:
         args.unet_steps,
         args.batch_size,
         args.seed,
-        lambda unet, text_encoder: save_pipeline(args.output, vae, tokenizer, unet, text_encoder),
+        lambda unet, text_encoder: save_pipeline(
+            args.output, vae, tokenizer, tokenizer_folder, unet, text_encoder
+        ),
     )
 
 

@@ -5,6 +5,7 @@ answer at once.
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import secrets
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
     from iet_sd.data.sources import Source
 
 logger = logging.getLogger("iet_sd")
+# What no run may write over without being told to.
+_RESULTS = ("metrics.jsonl", "checkpoint-*", "model_index.json", "pytorch_lora_weights.safetensors")
+# Disk full, over quota, read-only, not allowed.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -32,6 +37,15 @@ def train(argv: Sequence[str]) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(
+            f"error: {error}. Checkpoints written before are whole: make room, then go on with "
+            "--resume_from_checkpoint latest.",
+            file=sys.stderr,
+        )
+        return 1
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.number
@@ -63,8 +77,7 @@ def _train(config: Config) -> None:
 
     logging_dir = output_dir / config.training.logging_dir
     on_cpu = not torch.accelerator.is_available()
-    if on_cpu and config.training.mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
+    _check_precision(config.training.mixed_precision, on_cpu)
     timeout = timedelta(seconds=config.training.ddp_timeout)
     accelerator = Accelerator(
         # Else several processes on a machine without a GPU would each train alone.
@@ -77,8 +90,8 @@ def _train(config: Config) -> None:
     _set_up_logging(accelerator.is_main_process)
     plan.check_processes(config, accelerator.num_processes)
     seed, resume = config.training.seed, config.training.resume_from_checkpoint
-    if seed is None and resume:
-        seed = checkpoint.seed_of(checkpoint.find(output_dir, resume))
+    if seed is None and (folder := checkpoint.find(output_dir, resume)):
+        seed = checkpoint.seed_of(folder)
     elif seed is None:
         (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
     config = dataclasses.replace(
@@ -163,7 +176,7 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
         num_processes=accelerator.num_processes,
     )
     state = trainer.start(shard_of_N)
-    identity = checkpoint.identity(config, steps, source.sample_ids)
+    identity = checkpoint.identity(config, steps, source.fingerprint())
     barrier = accelerator.wait_for_everyone
     checkpointer = Checkpointer(training, trainer, state, identity, barrier)
     checkpointer.start()
@@ -182,10 +195,10 @@ def _check_output_dir(output_dir: Path, config: Config) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
     training = config.training
-    earlier = [*output_dir.glob("metrics.jsonl"), *output_dir.glob("checkpoint-*")]
+    earlier = any(list(output_dir.glob(name)) for name in _RESULTS)
     if earlier and not (training.overwrite_output_dir or training.resume_from_checkpoint):
         raise UserError(
-            f"--output_dir {output_dir} holds an earlier run. Go on with it by "
+            f"--output_dir {output_dir} holds a model or an earlier run. Go on with it by "
             "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give "
             "another folder."
         )
@@ -193,6 +206,15 @@ def _check_output_dir(output_dir: Path, config: Config) -> None:
         from iet_sd.engine import checkpoint
 
         checkpoint.find(output_dir, training.resume_from_checkpoint)
+
+
+def _check_precision(flag: str | None, on_cpu: bool) -> None:
+    """Errors: `UserError` for a precision that this machine or this program does not have."""
+    precision = flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision {precision}: expected no, fp16 or bf16.")
+    if precision == "fp16" and on_cpu:
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
 
 
 def _check_tracker(name: str) -> None:

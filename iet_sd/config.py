@@ -106,6 +106,8 @@ class DataConfig:
                 "Name the training data once: --dataset_name for the Hub, or --train_data_dir "
                 f"for local files; got {self.dataset_name!r} and {self.train_data_dir!r}."
             )
+        if self.on_bad_image == "skip" and self.check_images == "none":
+            raise UserError("--on_bad_image skip needs --check_images all, which finds them.")
         if self.resolution % 8:
             raise UserError(f"--resolution must be a multiple of 8; got {self.resolution}.")
 
@@ -224,7 +226,7 @@ class TrainingConfig:
     num_train_epochs: int = 100
     """Passes over the data, if neither --max_train_steps nor --steps_per_round is given."""
     max_train_steps: int | None = None
-    """Optimizer updates of all proxies together, split over shards and rounds."""
+    """Steps of all proxies together (--step_unit), split over shards and rounds."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
     scale_lr: bool = False
@@ -325,8 +327,12 @@ class Config:
         }
 
 
-_PARTS = (ModelConfig, DataConfig, MethodConfig, TrainingConfig)
-SECTIONS = dict(zip(("model", "data", "method", "training"), _PARTS, strict=True))
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "method": MethodConfig,
+    "training": TrainingConfig,
+}
 
 
 def _positive(config: Any, *names: str) -> None:

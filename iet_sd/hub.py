@@ -70,7 +70,7 @@ def write_card(
 # {_shown(training.output_dir)}
 
 Stable Diffusion fine-tuned from {base}. Method: {_PARTS[method.method]}.
-{"" if method.method == "none" else _AIM}{pictures if (folder / GRID).exists() else ""}
+{"" if method.method == "none" else _AIM}{pictures if training.validation_prompts else ""}
 | | |
 |---|---|
 {rows}

@@ -169,7 +169,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsy
 def test_an_earlier_result_is_not_written_over(argv, tmp_path, capsys):
     assert train(argv(num_rounds=2)) == 0
     assert train(argv(num_rounds=1)) == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "holds a model or an earlier run" in capsys.readouterr().err
     assert train(argv(num_rounds=1, overwrite_output_dir="")) == 0
     assert [p.name for p in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-1"]
 
@@ -180,7 +180,7 @@ MISTAKES = {
     "wrong caption column": ({"caption_column": "prompt"}, "--caption_column text"),
     "more shards than images": ({"num_shards": 17}, "lower --num_shards"),
     "contradiction": ({"method": "none", "num_shards": 4}, "--method none is plain"),
-    "nothing to resume": ({"resume_from_checkpoint": "latest"}, "no whole checkpoint-"),
+    "nothing to resume": ({"resume_from_checkpoint": "checkpoint-7"}, "not a checkpoint folder"),
     "odd resolution": ({"resolution": 36}, "multiple of 8"),
     "missing tracker": ({"report_to": "wandb"}, "pip install wandb"),
     "no xformers": ({"enable_xformers_memory_efficient_attention": ""}, "requirements-xformers"),

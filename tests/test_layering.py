@@ -24,7 +24,7 @@ LAYERS = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FILES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted(path.parent for path in FILES if path.name == "__init__.py")
-MAX_LINES = 350
+MAX_LINES = 360
 
 
 def module_name(path):

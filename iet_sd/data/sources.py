@@ -32,7 +32,8 @@ def load_source(config: DataConfig) -> "Source":
     kept = [i for i in range(len(rows)) if i not in excluded]
     digests, bad = checks.look_at_images(rows.select(kept), [names[i] for i in kept], config)
     excluded |= {kept[i]: reason for i, reason in bad.items()}
-    groups = _groups(rows, names, dict(zip(kept, digests, strict=True)), config)
+    digest_of = dict(zip(kept, digests, strict=True))
+    groups = _groups(rows, names, digest_of, config)
     kept = [i for i in kept if i not in excluded]
     if not kept:
         raise UserError(
@@ -46,6 +47,7 @@ def load_source(config: DataConfig) -> "Source":
         sample_ids=tuple(names[i] for i in kept),
         groups=tuple(groups[i] for i in kept),
         excluded=tuple((names[i], excluded[i]) for i in sorted(excluded)),
+        digests=tuple(digest_of[i] for i in kept),
     )
 
 
@@ -99,3 +101,11 @@ class Source:
     """(N,) equal for near-duplicates, which belong in one shard."""
     excluded: tuple[tuple[str, str], ...]
     """Name of each sample that the settings let be left out, and why."""
+    digests: tuple[str | None, ...]
+    """(N,) hashes of the image files, where they were read."""
+
+    def fingerprint(self) -> list[list[Any]]:
+        """What tells these samples from any others: name, group, captions and image of each."""
+        captions = self.dataset[self.caption_column]
+        columns = (self.sample_ids, self.groups, captions, self.digests)
+        return [list(sample) for sample in zip(*columns, strict=True)]

@@ -106,11 +106,13 @@ def save_within_round(checkpoint: Path, state: State, process: str) -> None:
     """
     progress = state.progress
     folder = checkpoint / f"process-{process}"
-    older = list(folder.glob("step-*"))
     step = progress.counts.steps + sum(event.counts.steps for event in progress.done)
-    if not folder.exists():
-        folder.mkdir()
-    with atomic_folder(folder / f"step-{step}") as staging:
+    final = folder / f"step-{step}"
+    folder.mkdir(exist_ok=True)
+    # Of the same step, if it was damaged: a folder that is there would be merged into.
+    shutil.rmtree(final, ignore_errors=True)
+    older = list(folder.glob("step-*"))
+    with atomic_folder(final) as staging:
         for event in progress.done:
             proxy = state.proxies[event.shard]
             _save_proxy(staging, event.shard, proxy, proxy.weights)
@@ -132,20 +134,29 @@ def save_within_round(checkpoint: Path, state: State, process: str) -> None:
         shutil.rmtree(path)
 
 
-def identity(config: Config, steps_per_round: int, sample_ids: Sequence[str]) -> dict[str, Any]:
-    """What a run must have in common with the one it goes on from: settings and data."""
+def identity(config: Config, steps_per_round: int, samples: Sequence[Any]) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on from: settings and data.
+
+    ``samples``: what tells each sample from another, as JSON.
+    """
     mine = {k: v for k, v in config.as_dict().items() if k not in _FREE}
-    digest = hashlib.sha256("\n".join(sample_ids).encode()).hexdigest()
-    return {**mine, "steps_per_round": steps_per_round, "sample_ids": digest}
+    digest = hashlib.sha256(json.dumps(samples).encode()).hexdigest()
+    return {**mine, "steps_per_round": steps_per_round, "samples": digest}
 
 
-def find(output_dir: Path, name: str) -> Path:
+def find(output_dir: Path, name: str | None) -> Path | None:
     """The folder that ``--resume_from_checkpoint`` means: a path, or ``latest``.
 
-    ``latest`` is the newest that is whole; damaged ones are named in a warning.
-    Errors: `UserError` if there is none.
+    ``latest`` is the newest that is whole; damaged ones are named in a warning. None if there is
+    nothing to go on from yet, so that a job can be started again by the same command.
+    Errors: `UserError` if the named one is not there, or all are damaged.
     """
+    if name is None:
+        return None
     if name == "latest":
+        if not _checkpoints(output_dir):
+            logger.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
+            return None
         for folder in reversed(_checkpoints(output_dir)):
             try:
                 _open(folder)
@@ -154,8 +165,8 @@ def find(output_dir: Path, name: str) -> Path:
             else:
                 return folder
         raise UserError(
-            f"--resume_from_checkpoint latest: no whole checkpoint-* in {output_dir}. "
-            "Leave the flag out to start from the beginning."
+            f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. "
+            "Start from the beginning with --overwrite_output_dir."
         )
     for folder in (Path(name), output_dir / name):
         if (folder / MANIFEST).is_file():
@@ -168,13 +179,13 @@ def find(output_dir: Path, name: str) -> Path:
 
 def seed_of(folder: Path) -> int:
     """The seed of the run that made the checkpoint, which a resumed run has to share."""
-    return json.loads((folder / MANIFEST).read_text())["identity"]["seed"]
+    return _open(folder)["identity"]["seed"]
 
 
-def remove_all(output_dir: Path) -> None:
-    """Delete all checkpoints of an earlier run, which would pass for those of a new one."""
+def remove_after(output_dir: Path, round: int) -> None:
+    """Delete the checkpoints of later rounds, which would pass for those of the run to come."""
     for path in output_dir.glob("checkpoint-*"):
-        if _NAME.fullmatch(path.name):
+        if (name := _NAME.fullmatch(path.name)) and int(name[1]) > round:
             shutil.rmtree(path)
 
 

@@ -1,6 +1,7 @@
 """When checkpoints are written and read: by the settings, and when the run is told to stop."""
 
 import logging
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,29 +42,36 @@ class Checkpointer:
 
     def start(self) -> None:
         """Load what ``--resume_from_checkpoint`` names, or begin anew. All processes take part."""
-        if self.config.resume_from_checkpoint:
-            folder = checkpoint.find(self.output_dir, self.config.resume_from_checkpoint)
-            checkpoint.load(folder, self.state, self.identity)
-            fresh = self.trainer.no_progress(self.state)
-            self.state.progress = checkpoint.load_within_round(
-                folder, self.state, self.process, fresh
-            )
-            self.base = folder
-            within = ", within the next" if self.state.progress else ""
-            logger.info("going on after round %d%s, from %s", self.state.round, within, folder)
-        else:
+        folder = checkpoint.find(self.output_dir, self.config.resume_from_checkpoint)
+        if folder is None:
             if self.trainer.process_index == 0:
-                checkpoint.remove_all(self.output_dir)
+                checkpoint.remove_after(self.output_dir, round=-1)
             self.barrier()
             if self.config.checkpointing_rounds:
                 self._save_round()
+            return
+        checkpoint.load(folder, self.state, self.identity)
+        if folder.resolve().parent == self.output_dir.resolve():
+            self.base = folder
+            # What came after it is done again, and must not pass for newer.
+            if self.trainer.process_index == 0:
+                checkpoint.remove_after(self.output_dir, self.state.round)
+            self.barrier()
+        else:
+            self._begin_here(folder)
+        fresh = self.trainer.no_progress(self.state)
+        self.state.progress = checkpoint.load_within_round(folder, self.state, self.process, fresh)
+        within = ", within the next" if self.state.progress else ""
+        logger.info("going on after round %d%s, from %s", self.state.round, within, folder)
 
     def after(self, event: Event) -> None:
         """Save if it is time to. Errors: `Stopped`, after saving, if a signal has come."""
         if isinstance(event, RoundDone):
             every = self.config.checkpointing_rounds
             self.base, self.steps = None, 0
-            if every and event.round % every == 0:
+            if every and (
+                event.round % every == 0 or event.round == self.trainer.config.method.num_rounds
+            ):
                 self._save_round()
         elif isinstance(event, StepDone):
             self.steps += 1
@@ -88,6 +96,14 @@ class Checkpointer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _begin_here(self, folder: Path) -> None:
+        """Begin this run's own records with those of the run that made ``folder``."""
+        lines = folder.parent / "metrics.jsonl"
+        if self.trainer.process_index == 0 and lines.exists():
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(lines, self.output_dir / lines.name)
+        self._save_round()
 
     def _save_round(self) -> None:
         self.base = checkpoint.save(

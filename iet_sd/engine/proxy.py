@@ -74,21 +74,34 @@ class Proxy:
         """Add the gradient of ``loss``, scaled against fp16 underflow where needed."""
         self.scaler.scale(loss).backward()
 
-    def update(self) -> None:
-        """Clip the gradient and do one optimizer update and one step of the schedule."""
+    def update(self, gradient_scale: float = 1.0) -> bool:
+        """Scale and clip the gradient, and do one update of optimizer and schedule.
+
+        Returns False if there was none, since an fp16 gradient overflowed and the loss scale was
+        lowered instead.
+        """
         self.scaler.unscale_(self.optimizer)
+        if gradient_scale != 1:
+            for parameter in self.parameters.values():
+                parameter.grad *= gradient_scale
         torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.lr_scheduler.step()
+        updated = self.scaler.get_scale() >= scale
+        if updated:
+            self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return updated
 
     def update_with_zero_gradient(self) -> None:
         """The authors' update after a batch with nothing kept: moments and decay still act."""
         for parameter in self.parameters.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.update()
+            parameter.grad = torch.zeros_like(parameter)
+        # Past the loss scale, which has nothing to say of a zero.
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter name."""

@@ -244,6 +244,7 @@ class Trainer:
     ) -> Counts:
         """Score ``gradient_accumulation_steps`` batches and do one update, if any is due."""
         method, accumulation = self.config.method, self.config.training.gradient_accumulation_steps
+        per_update = self.config.data.train_batch_size * accumulation
         counts = Counts()
         for _ in range(accumulation):
             part, skipped = accumulate_gradient(
@@ -252,14 +253,14 @@ class Trainer:
                 proxy.memory,
                 method,
                 self.dataset,
-                lambda loss: proxy.backward(loss / accumulation),
+                lambda loss: proxy.backward(loss / per_update),
             )
             counts += part
             new_skips_N.index_add_(0, skipped, torch.ones_like(skipped))
         counts.steps = 1
         if counts.trained:
-            proxy.update()
-            counts.updates = 1
+            # The mean over what is trained, of all batches of the update together.
+            counts.updates = int(proxy.update(per_update / counts.trained))
         elif method.empty_batch == "step" and not method.taa:
             proxy.update_with_zero_gradient()
             counts.updates = 1

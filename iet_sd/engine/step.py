@@ -110,7 +110,8 @@ class Objective:
             posterior = parts.vae.encode(pixels).latent_dist
             shape = posterior.mean.shape[1:]
             sample = diffusion.draw_noise(seeds_B, f"{purpose}/posterior", shape)
-            latents = posterior.mean + posterior.std * sample.to(posterior.mean)
+            # In fp32 up to the UNet: in bf16 the first timesteps would be without noise.
+            latents = posterior.mean.float() + posterior.std.float() * sample.to(self.device)
             latents = latents * parts.vae.config.scaling_factor
             noise = diffusion.draw_noise(seeds_B, f"{purpose}/noise", shape, self.noise_offset)
             noisy_latents, target = diffusion.add_noise_and_target(
@@ -191,7 +192,7 @@ def accumulate_gradient(
     dataset: TrainingImages,
     backward: Callable[[Tensor], None],
 ) -> tuple[Counts, Tensor]:
-    """Score a batch and call ``backward`` on the mean loss over what it gives to train on.
+    """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
     Returns what was done (``trained`` 0: no gradient was added) and the indices of the skipped
     samples. ``memory`` is updated. Errors: `UserError` on a loss that is not finite.
@@ -235,11 +236,13 @@ def accumulate_gradient(
     )
     if direct:
         weighted_B = objective.weight(loss_B, timesteps_B)
-        backward((weighted_B * direct_B.to(loss_B.device)).sum() / trained)
+        backward((weighted_B * direct_B.to(loss_B.device)).sum())
         counts.backward += size
+        del weighted_B
     if taken:
         # After the first graph is freed, so that two passes need the memory of one.
-        backward(augmented_loss(objective, taken, method, dataset).sum() / trained)
+        del loss_B
+        backward(augmented_loss(objective, taken, method, dataset).sum())
         counts.forward += len(taken)
         counts.backward += len(taken)
         counts.encoded += len(taken)
@@ -263,6 +266,7 @@ def augmented_loss(
     else:
         timesteps_Q = torch.tensor([pending.timestep for pending in taken])
     loss_Q = objective.loss(batch, timesteps_Q, "augmented")
+    check_finite(loss_Q.detach().cpu(), timesteps_Q, batch, dataset)
     return objective.weight(loss_Q, timesteps_Q)
 
 

@@ -107,8 +107,10 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
 def _refactor(product: Tensor, mean_A: Tensor, mean_B: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of the factors' shapes with BA the best approximation of ``product``.
 
-    A gets orthonormal rows at the scale of the mean A, and B the singular values: so A never
-    shrinks with B, which starts at 0, and an adapter that has not moved can still learn.
+    A gets orthogonal rows at the scale of the mean A, and B the singular values: so A never
+    shrinks with B, which starts at 0, and an adapter that has not moved can still learn. Of all
+    rotations that leave BA as it is, the one nearest to the mean A (orthogonal Procrustes) is
+    taken, so that the optimizer's moments of A and B stay about right.
     """
     if not product.any():
         return mean_A, torch.zeros_like(mean_B)
@@ -119,4 +121,7 @@ def _refactor(product: Tensor, mean_A: Tensor, mean_B: Tensor) -> tuple[Tensor, 
     A, B = mean_A.flatten(1).clone(), torch.zeros_like(mean_B.flatten(1))
     A[:rank] = scale * right[:rank]
     B[:, :rank] = left[:, :rank] * values[:rank] / scale
+    left, _, right = torch.linalg.svd(mean_A.flatten(1) @ A.T)
+    rotation = left @ right
+    A, B = rotation @ A, B @ rotation.T
     return A.view_as(mean_A), B.view_as(mean_B)
