@@ -3,9 +3,9 @@
     python -m demo.pretrain --cache DIR --output demo/model
 
 Every part is the real class (``AutoencoderKL``, ``UNet2DConditionModel``, ``CLIPTextModel``,
-``CLIPTokenizer``) at a small size; the result is an ordinary pipeline folder. Three stages: tokenizer, VAE (skipped
-when it already lies under ``--cache``), then UNet with text encoder, saved every 1,000 steps. The
-demo's own images (Fluent style) are never seen here. Two hours on 2 cores.
+``CLIPTokenizer``) at a small size; the result is an ordinary pipeline folder. Three stages:
+tokenizer, VAE (skipped when it already lies under ``--cache``), then UNet with text encoder, saved
+every 1,000 steps. The demo's own images (Fluent style) are never seen here. Two hours on 2 cores.
 """
 
 import argparse

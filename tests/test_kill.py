@@ -54,11 +54,14 @@ def finish(argv, processes):
     assert run.returncode == 0, output
 
 
-def began(output_dir, run):
-    """Wait until the run has its first checkpoint and is training."""
-    while not list(output_dir.glob("checkpoint-*/state.json")):
-        assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
+def began(output_dir, run, since):
+    """Wait until the run is training: it has saved something after the time ``since``, or ended."""
+    while run.poll() is None:
+        for path in output_dir.rglob("state.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime > since:
+                    return
+        time.sleep(0.02)
 
 
 def result(output_dir):
@@ -80,9 +83,10 @@ def survive(argv, output_dir, processes, kills, seed):
     hit = 0
     for number in range(kills):
         resume = ["--resume_from_checkpoint", "latest"] if number else []
+        since = time.time()
         run = start([*argv, *resume], processes)
-        began(output_dir, run)
-        time.sleep(moments.uniform(0, 1) if number == 0 else moments.uniform(3, 8))
+        began(output_dir, run, since)
+        time.sleep(moments.uniform(0, 1))
         hit += run.poll() is None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
@@ -115,7 +119,7 @@ def argv(pipelines, images, tmp_path):
 
 def test_a_run_that_is_killed_goes_on_exactly(argv, tmp_path):
     finish(argv("whole"), 1)
-    survive(argv("broken"), tmp_path / "broken", 1, kills=2, seed=0)
+    assert survive(argv("broken"), tmp_path / "broken", 1, kills=2, seed=0) == 2
     one, other = result(tmp_path / "whole"), result(tmp_path / "broken")
     assert equal(one[0], other[0])
     assert one[1] == other[1]
@@ -133,4 +137,4 @@ def test_fifty_kills(train_mode, processes, argv, tmp_path):
     assert equal(one[0], other[0])
     assert one[1] == other[1]
     print(f"{train_mode}, {processes} processes: {hit} of 13 kills hit a living run")
-    assert hit >= 6
+    assert hit >= 10
