@@ -53,6 +53,7 @@ def main() -> None:
         training.seed,
         settings.data.resolution,
         training.validation_inference_steps,
+        training.validation_guidance_scale,
     )
     grid(rows, training.validation_prompts).save(DOCS / "demo-before.png")
 

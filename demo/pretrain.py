@@ -358,7 +358,7 @@ def main() -> None:
     vae_folder = args.cache / f"vae{args.latent_channels}"
     if vae_folder.exists():
         vae = AutoencoderKL.from_pretrained(vae_folder)
-        vae.register_to_config(_name_or_path="")  # else the saved config names this machine's folder
+        vae.register_to_config(_name_or_path="")  # it would be saved
     else:
         vae = train_vae(rgba_N4HW, args.vae_steps, args.latent_channels, args.seed)
         mean, std = encode_all(vae, pixels_N3HW)

@@ -88,6 +88,8 @@ def _train(config: Config) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
     )
     _set_up_logging(accelerator.is_main_process)
+    if on_cpu and accelerator.num_processes == 1:
+        _use_all_cores()
     plan.check_processes(config, accelerator.num_processes)
     seed, resume = config.training.seed, config.training.resume_from_checkpoint
     if seed is None and (folder := checkpoint.find(output_dir, resume)):
@@ -215,6 +217,19 @@ def _check_precision(flag: str | None, on_cpu: bool) -> None:
         raise UserError(f"--mixed_precision {precision}: expected no, fp16 or bf16.")
     if precision == "fp16" and on_cpu:
         raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
+
+
+def _use_all_cores() -> None:
+    """Undo accelerate's default of one thread for a lone process on a CPU.
+
+    Any other number is the user's, by OMP_NUM_THREADS or --num_cpu_threads_per_process.
+    """
+    import torch
+
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(os.cpu_count() or 1)
+        logger.info("using %d threads, not the one that accelerate sets", torch.get_num_threads())
 
 
 def _check_tracker(name: str) -> None:

@@ -277,6 +277,8 @@ class TrainingConfig:
     """Images per validation prompt."""
     validation_inference_steps: int = 25
     """Denoising steps of validation images."""
+    validation_guidance_scale: float = 7.5
+    """Classifier-free guidance of validation images."""
     ddp_timeout: int = 7200
     """Seconds that a process waits for the others at the end of a round before it gives up."""
     dry_run: bool = False
@@ -287,7 +289,7 @@ class TrainingConfig:
         _positive(self, "learning_rate", "max_grad_norm", "ddp_timeout", "checkpointing_steps")
         _positive(self, "validation_inference_steps")
         _not_negative(self, "lr_warmup_steps", "adam_weight_decay", "noise_offset")
-        _not_negative(self, "checkpointing_rounds", "adam_epsilon")
+        _not_negative(self, "checkpointing_rounds", "adam_epsilon", "validation_guidance_scale")
         _below_one(self, "adam_beta1", "adam_beta2")
         _positive(self, "max_train_steps", "snr_gamma")
         _positive(self, "validation_rounds", "checkpoints_total_limit")

@@ -136,5 +136,6 @@ class Reporter:
                 training.seed,
                 self.config.data.resolution,
                 training.validation_inference_steps,
+                training.validation_guidance_scale,
             )
         return grid(rows, training.validation_prompts)

@@ -57,6 +57,7 @@ _FREE = {
     "validation_rounds",
     "num_validation_images",
     "validation_inference_steps",
+    "validation_guidance_scale",
     "dry_run",
 }
 
