@@ -76,6 +76,9 @@ def _train(config: Config) -> None:
         _check_output_dir(output_dir, config)
 
     logging_dir = output_dir / config.training.logging_dir
+    # Before Accelerator, which sets this variable too.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    one_thread_by_default = launched and os.environ.get("OMP_NUM_THREADS") == "1"
     on_cpu = not torch.accelerator.is_available()
     _check_precision(config.training.mixed_precision, on_cpu)
     timeout = timedelta(seconds=config.training.ddp_timeout)
@@ -88,7 +91,7 @@ def _train(config: Config) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
     )
     _set_up_logging(accelerator.is_main_process)
-    if on_cpu and accelerator.num_processes == 1:
+    if one_thread_by_default and on_cpu and accelerator.num_processes == 1:
         _use_all_cores()
     plan.check_processes(config, accelerator.num_processes)
     seed, resume = config.training.seed, config.training.resume_from_checkpoint
@@ -226,10 +229,8 @@ def _use_all_cores() -> None:
     """
     import torch
 
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(os.cpu_count() or 1)
-        logger.info("using %d threads, not the one that accelerate sets", torch.get_num_threads())
+    torch.set_num_threads(os.cpu_count() or 1)
+    logger.info("using %d threads, not the one that accelerate sets", torch.get_num_threads())
 
 
 def _check_tracker(name: str) -> None:
