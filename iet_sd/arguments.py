@@ -79,7 +79,6 @@ def build_parser() -> argparse.ArgumentParser:
         prog="train_iet_sd.py",
         description="Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains "
         "without memorizing the training images. Start with accelerate launch.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -1,4 +1,4 @@
-"""What processes exchange at a round boundary. Every function is for all processes at once."""
+"""What processes exchange at a round boundary, all at once, and the memory each has needed."""
 
 import resource
 import sys
