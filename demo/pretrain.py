@@ -36,14 +36,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from demo import emoji
 from demo.make_data import wanted
 from demo.pictures import reconstruct, to_pixels
+from demo.vae import SIZE, cosine_rate, encode_all, train_vae
 from iet_sd.diffusion import per_sample_loss, snr_weights
 from iet_sd.models.saving import load_in_fp32
 
 logger = logging.getLogger("demo.pretrain")
-SIZE = 64
 TOKENS = 24
-# Share of the VAE's steps that see quarters of the pictures.
-CROPPED = 0.8
 SAVE_EVERY = 1000
 # As Stable Diffusion 1.x.
 NOISE_SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -83,137 +81,59 @@ def train_tokenizer(texts: list[str], folder: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def augment_for_vae(rgba_B4HW: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Random page colour, placement, colours and shading, so the VAE learns more than one style.
-
-    (B, 4, H, W) in [0, 1] to (B, 3, H, W) in [-1, 1].
-    """
-    B = rgba_B4HW.shape[0]
-
-    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
-        return torch.rand(B, *shape, generator=generator) * (high - low) + low
-
-    scale, angle = uniform(0.75, 1.25), uniform(-0.3, 0.3)
-    flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-    theta = torch.stack(
-        [
-            torch.stack([flip * angle.cos() / scale, -angle.sin() / scale, uniform(-0.2, 0.2)], 1),
-            torch.stack([flip * angle.sin() / scale, angle.cos() / scale, uniform(-0.2, 0.2)], 1),
-        ],
-        1,
-    )
-    moved = uniform(0, 1) < 0.6
-    still = torch.eye(2, 3).expand(B, 2, 3)
-    theta = torch.where(moved[:, None, None], theta, still)
-    grid = F.affine_grid(theta, list(rgba_B4HW.shape), align_corners=False)
-    rgba = F.grid_sample(rgba_B4HW, grid, mode="bilinear", align_corners=False)
-    rgb, alpha = rgba[:, :3], rgba[:, 3:]
-
-    # A colour matrix: identity for half of the images, a random mix of channels for the others.
-    mix = torch.eye(3) + uniform(-0.6, 0.6, 3, 3) * (uniform(0, 1) < 0.5)[:, None, None]
-    rgb = torch.einsum("bij,bjhw->bihw", mix, rgb)
-    rows, columns = torch.linspace(-1, 1, SIZE)[:, None], torch.linspace(-1, 1, SIZE)[None, :]
-    slope = (
-        uniform(-0.35, 0.35, 1, 1, 1) * rows
-        + uniform(-0.35, 0.35, 1, 1, 1) * columns
-        + uniform(-0.35, 0.35, 1, 1, 1) * (rows**2 + columns**2)
-    )
-    shaded = (uniform(0, 1) < 0.6)[:, None, None, None]
-    rgb = torch.where(shaded, rgb * (1 + slope), rgb).clamp(0, 1)
-    page = torch.where((uniform(0, 1) < 0.25)[:, None], uniform(0, 1, 3), torch.ones(3))
-    return (rgb * alpha + page[:, :, None, None] * (1 - alpha)) * 2 - 1
-
-
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean absolute and squared error of the picture, its half and quarter sizes, and its edges.
-
-    The squared term leads out of the absolute one's trap: a white page, the median of all emoji.
-    """
-    total = torch.zeros(())
-    for level in range(3):
-        error = output - target
-        total = total + error.abs().mean() + error.square().mean()
-        for dim in (-1, -2):
-            total = total + (output.diff(dim=dim) - target.diff(dim=dim)).abs().mean()
-        if level < 2:
-            output, target = F.avg_pool2d(output, 2), F.avg_pool2d(target, 2)
-    return total
-
-
-def cosine_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up to ``peak``, then a cosine to a fiftieth of it."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def train_vae(rgba_N4HW: torch.Tensor, steps: int, channels: int, seed: int) -> AutoencoderKL:
-    """A VAE that shrinks 4 times: at 64 pixels, 8 times would leave too little of a picture."""
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 48, 64),
+def build_unet(latent_channels: int) -> UNet2DConditionModel:
+    """Stable Diffusion's UNet with three levels instead of four."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=(32, 96, 144),
         layers_per_block=1,
-        latent_channels=channels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,  # of heads, as in SD 1.x
         norm_num_groups=16,
-        sample_size=SIZE,
     )
-    with torch.no_grad():
-        # Start with a narrow posterior: with std 1 the decoder learns to ignore the latents.
-        vae.quant_conv.bias[channels:] = -6.0
-    logger.info("VAE: %.2f M parameters", sum(p.numel() for p in vae.parameters()) / 1e6)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-4)
-    bar = tqdm(range(steps), desc="VAE")
-    running = 0.0
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, 2e-3, warmup=50)
-        index = torch.randint(len(rgba_N4HW), (16,), generator=generator)
-        pixels = augment_for_vae(rgba_N4HW[index].float() / 255, generator)
-        if step < CROPPED * steps:
-            # Quarters cost a quarter, and teach a convolutional model nearly as much.
-            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=generator).tolist()
-            pixels = pixels[:, :, top : top + SIZE // 2, left : left + SIZE // 2]
-        posterior = vae.encode(pixels).latent_dist
-        loss = reconstruction_loss(vae.decode(posterior.sample(generator)).sample, pixels)
-        loss = loss + 1e-6 * posterior.kl().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(list(vae.parameters()), 1.0)
-        optimizer.step()
-        running = 0.98 * running + 0.02 * loss.item() if step else loss.item()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{running:.4f}")
-        if step % 500 == 0:
-            logger.info("VAE step %d loss %.4f", step, running)
-    return vae.eval()
 
 
-@torch.no_grad()
-def encode_all(vae: AutoencoderKL, pixels_N3HW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Posterior means and standard deviations of all images, unscaled."""
-    parts = [vae.encode(batch).latent_dist for batch in pixels_N3HW.split(64)]
-    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text tower with three layers."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            projection_dim=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def train_unet(
+    unet: UNet2DConditionModel,
+    text_encoder: CLIPTextModel,
     vae: AutoencoderKL,
     tokenizer: CLIPTokenizer,
     pixels_N3HW: torch.Tensor,
     texts: list[str],
     steps: int,
     batch_size: int,
+    learning_rate: float,
     seed: int,
-    save: Callable[[UNet2DConditionModel, CLIPTextModel], None],
+    save: Callable[[], None],
 ) -> None:
     """UNet and text encoder together, on noise prediction, with 10 % empty captions.
 
     Min-SNR weights, since a short training must not spend itself on the last bit of noise.
 
-    ``save`` is given their exponential moving averages, now and then and at the end.
+    ``save`` is called now and then and at the end, while the models hold their exponential
+    moving averages.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -235,43 +155,19 @@ def train_unet(
         "", padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
     ).input_ids
 
-    unet = UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        block_out_channels=(32, 96, 144),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,  # of heads, as in SD 1.x
-        norm_num_groups=16,
-    )
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            projection_dim=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=TOKENS,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
     for name, model in (("UNet", unet), ("text encoder", text_encoder)):
         logger.info("%s: %.2f M parameters", name, sum(p.numel() for p in model.parameters()) / 1e6)
     parameters = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=1e-3
+    )
     ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
     noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     bar = tqdm(range(steps), desc="UNet")
     running = 0.0
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = cosine_rate(step, steps, 1e-3)
+            group["lr"] = cosine_rate(step, steps, learning_rate)
         index = torch.randint(len(texts), (batch_size,), generator=generator)
         view = torch.randint(len(views), (batch_size,), generator=generator)
         latents = mean[view, index]
@@ -298,10 +194,10 @@ def train_unet(
         if step and step % SAVE_EVERY == 0:
             ema.store(parameters)
             ema.copy_to(parameters)
-            save(unet, text_encoder)
+            save()
             ema.restore(parameters)
     ema.copy_to(parameters)
-    save(unet, text_encoder)
+    save()
 
 
 def save_pipeline(
@@ -329,6 +225,23 @@ def save_pipeline(
         shutil.copyfile(tokenizer_folder / name, output / "tokenizer" / name)
 
 
+def vae_stage(
+    args: argparse.Namespace, rgba_N4HW: torch.Tensor, pixels_N3HW: torch.Tensor
+) -> AutoencoderKL:
+    """The VAE of an earlier run under ``--cache``, or a new one, with its scaling factor."""
+    folder = args.cache / f"vae{args.latent_channels}"
+    if folder.exists():
+        vae = AutoencoderKL.from_pretrained(folder)
+        vae.register_to_config(_name_or_path="")  # it would be saved
+        return vae
+    vae = train_vae(rgba_N4HW, args.vae_steps, args.latent_channels, args.seed)
+    mean, std = encode_all(vae, pixels_N3HW)
+    scale = (mean.var() + std.square().mean()).rsqrt().item()
+    vae.register_to_config(scaling_factor=round(scale, 5))
+    vae.save_pretrained(folder)
+    return vae
+
+
 def main() -> None:
     """Fetch the pictures, run the stages, save the pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -338,7 +251,11 @@ def main() -> None:
     parser.add_argument("--unet_steps", type=int, default=16000)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="UNet's, at its peak")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--continue_from", type=Path, help="pipeline folder made by this script, to train further"
+    )
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     emoji.fetch(args.cache, "names", "noto")
@@ -353,33 +270,39 @@ def main() -> None:
     pixels_N3HW = to_pixels([e.picture(SIZE) for e in noto])
     texts = [e.text for e in noto]
 
-    tokenizer_folder = args.cache / "tokenizer"
-    tokenizer = train_tokenizer(texts, tokenizer_folder)
-    vae_folder = args.cache / f"vae{args.latent_channels}"
-    if vae_folder.exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder)
-        vae.register_to_config(_name_or_path="")  # it would be saved
+    if args.continue_from is not None:
+        # With its own vocabulary: the order of equally frequent merges changes from run to run.
+        tokenizer_folder = args.continue_from / "tokenizer"
+        start = StableDiffusionPipeline.from_pretrained(args.continue_from)
+        tokenizer, vae, unet, text_encoder = (
+            start.tokenizer,
+            start.vae,
+            start.unet,
+            start.text_encoder,
+        )
+        for part in (vae, unet):
+            part.register_to_config(_name_or_path="")  # it would be saved
+        text_encoder.name_or_path = ""
     else:
-        vae = train_vae(rgba_N4HW, args.vae_steps, args.latent_channels, args.seed)
-        mean, std = encode_all(vae, pixels_N3HW)
-        scale = (mean.var() + std.square().mean()).rsqrt().item()
-        vae.register_to_config(scaling_factor=round(scale, 5))
-        vae.save_pretrained(vae_folder)
+        tokenizer_folder = args.cache / "tokenizer"
+        tokenizer = train_tokenizer(texts, tokenizer_folder)
+        vae = vae_stage(args, rgba_N4HW, pixels_N3HW)
+        unet = build_unet(args.latent_channels)
+        text_encoder = build_text_encoder(tokenizer)
     error = (to_pixels(reconstruct(vae, pixels_N3HW[:256])) - pixels_N3HW[:256]).square().mean()
     logger.info("VAE: reconstruction PSNR %.2f dB", 10 * math.log10(4 / error.item()))
-    if not args.unet_steps:
-        return
     train_unet(
+        unet.train(),
+        text_encoder.train(),
         vae,
         tokenizer,
         pixels_N3HW,
         texts,
         args.unet_steps,
         args.batch_size,
+        args.learning_rate,
         args.seed,
-        lambda unet, text_encoder: save_pipeline(
-            args.output, vae, tokenizer, tokenizer_folder, unet, text_encoder
-        ),
+        lambda: save_pipeline(args.output, vae, tokenizer, tokenizer_folder, unet, text_encoder),
     )
 
 
