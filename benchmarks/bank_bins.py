@@ -57,7 +57,7 @@ def main() -> None:
     smooth_T = torch.nn.functional.avg_pool1d(
         torch.nn.functional.pad(mean_T[None, None], (2, 2), mode="replicate"), 5, 1
     )[0, 0]
-    scored = steps_per_round(config, len(dataset)) * config.data.train_batch_size
+    scored = steps_per_round(config, len(dataset)) * config.training.train_batch_size
     print(f"spread of one sample's loss at a timestep: {noise_T.mean():.0%} of the mean\n")
     print("| bins | visits of a bin per round | spread of the mean within a bin | worst bin |")
     print("|---|---|---|---|")

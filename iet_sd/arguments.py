@@ -12,38 +12,46 @@ import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-from iet_sd.config import SECTIONS, Config
+from iet_sd.config import Config, Settings
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS
 
+S = TypeVar("S", bound=Settings)
 # Two ways to say one thing: a later layer that uses one of them lets go of the other.
 _EXCLUSIVE = (("steps_per_round", "max_train_steps"), ("dataset_name", "train_data_dir"))
 
 
-def load(argv: Sequence[str]) -> Config:
+def load(
+    argv: Sequence[str],
+    settings: type[S] = Config,
+    prog: str = "train_iet_sd.py",
+    below: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: {},
+) -> S:
     """The settings of a command line, with the file of ``--config`` as defaults.
 
+    ``below`` gives values that stand in for defaults, from what file and flags say.
     Errors: `UserError` for an unknown key, a value of the wrong type, or a contradiction.
     """
-    parsed, unknown = build_parser().parse_known_args(argv)
+    parsed, unknown = build_parser(settings, prog).parse_known_args(argv)
     if unknown:
-        names = [field.name for cls in SECTIONS.values() for field in dataclasses.fields(cls)]
-        raise UserError(f"unknown flag {unknown[0]}.{_close_matches(unknown[0].strip('-'), names)}")
+        close = _close_matches(unknown[0].strip("-"), _fields(settings))
+        raise UserError(f"unknown flag {unknown[0]}.{close}")
     flags = vars(parsed)
     path = flags.pop("config", None)
-    return from_layers(_read_yaml(Path(path)) if path else {}, flags)
+    layers = (read_yaml(Path(path), settings, "--config") if path else {}, flags)
+    return from_layers(below(layers[0] | layers[1]), *layers, settings=settings)
 
 
-def from_layers(*layers: dict[str, Any]) -> Config:
+def from_layers(*layers: dict[str, Any], settings: type[S] = Config) -> S:
     """Settings from flat mappings, the later ones winning over the earlier."""
-    known = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
-    choices = {"preset": PRESETS, "method": METHODS}
+    known = _fields(settings)
+    choices = {k: v for k, v in {"preset": PRESETS, "method": METHODS}.items() if k in known}
     values: dict[str, Any] = {}
     stood_for: dict[str, set[str]] = {name: set() for name in choices}
     for layer in ({name: known[name].default for name in choices}, *layers):
@@ -61,44 +69,84 @@ def from_layers(*layers: dict[str, Any]) -> Config:
         values |= layer
         for keys in stood_for.values():
             keys.difference_update(layer)
-    if "pretrained_model_name_or_path" not in values:
+    if "pretrained_model_name_or_path" in known and "pretrained_model_name_or_path" not in values:
         raise UserError(
             "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
         )
-    return Config(
+    return settings(
         **{
             section: cls(**{k: v for k, v in values.items() if k in cls.__dataclass_fields__})
-            for section, cls in SECTIONS.items()
+            for section, cls in settings.sections().items()
         }
     )
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(
+    settings: type[Settings] = Config, prog: str = "train_iet_sd.py"
+) -> argparse.ArgumentParser:
     """The command line: one flag a field, its text the docstring under the field."""
     parser = _Parser(
-        prog="train_iet_sd.py",
-        description="Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains "
-        "without memorizing the training images. Start with accelerate launch.",
+        prog=prog,
+        description=inspect.cleandoc(settings.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file with defaults for the flags below")
-    for cls in SECTIONS.values():
+    for cls in settings.sections().values():
         title = cls.__name__.removesuffix("Config").lower()
         group = parser.add_argument_group(title, inspect.cleandoc(cls.__doc__ or "").split("\n")[0])
-        docs, hints = _field_docs(cls), typing.get_type_hints(cls)
+        docs, hints = field_docs(cls), typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             options = _flag_options(hints[field.name])
             text = docs[field.name].replace("%", "%%")
             if field.default is dataclasses.MISSING:
                 text += " (required)"
-            elif field.default is not None and not isinstance(field.default, tuple):
-                text += f" (default: {field.default})"
             elif isinstance(field.default, tuple):
-                text += f" (default: {' '.join(field.default)})"
+                text += f" (default: {' '.join(map(str, field.default))})"
+            elif field.default not in (None, ""):
+                text += f" (default: {field.default})"
             # SUPPRESS keeps a flag that was not given out of the result, so the file can fill it.
-            group.add_argument(f"--{field.name}", help=text, default=argparse.SUPPRESS, **options)
+            positional = field.name in settings.POSITIONAL
+            name = field.name if positional else f"--{field.name}"
+            group.add_argument(name, help=text, default=argparse.SUPPRESS, **options)
     return parser
+
+
+def read_yaml(path: Path, settings: type[Settings], whence: str) -> dict[str, Any]:
+    """A flat YAML mapping with every key known and every value of its field's type.
+
+    ``whence`` says in errors why the file is read, such as ``--config``.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{whence} {path}: cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{whence} {path} is not valid YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{whence} {path}: expected lines of `name: value`, got {content!r:.80}.")
+    hints = {
+        name: hint
+        for cls in settings.sections().values()
+        for name, hint in typing.get_type_hints(cls).items()
+    }
+    return {k: _checked(k, v, hints, f"{whence} {path}") for k, v in content.items()}
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, by field name."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def _fields(settings: type[Settings]) -> dict[str, dataclasses.Field]:
+    return {f.name: f for cls in settings.sections().values() for f in dataclasses.fields(cls)}
 
 
 def _flag_options(hint: Any) -> dict[str, Any]:
@@ -109,7 +157,9 @@ def _flag_options(hint: Any) -> dict[str, Any]:
     if typing.get_origin(hint) is Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:
-        return {"nargs": "+", "metavar": "TEXT", "action": _StoreTuple}
+        item = typing.get_args(hint)[0]
+        metavar = "TEXT" if item is str else "NUMBER"
+        return {"nargs": "+", "type": item, "metavar": metavar, "action": _StoreTuple}
     return {"type": hint, "metavar": hint.__name__.upper()}
 
 
@@ -134,29 +184,11 @@ def _without_none(hint: Any) -> Any:
     return hint
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A flat YAML mapping with every key known and every value of its field's type."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: expected lines of `name: value`, got {content!r:.80}.")
-    hints = {
-        name: hint for cls in SECTIONS.values() for name, hint in typing.get_type_hints(cls).items()
-    }
-    return {key: _checked(key, value, hints, path) for key, value in content.items()}
-
-
-def _checked(key: str, value: Any, hints: dict[str, Any], path: Path) -> Any:
+def _checked(key: str, value: Any, hints: dict[str, Any], whence: str) -> Any:
     """``value`` as the type of field ``key``, or a `UserError` that names key and file."""
     if key not in hints:
         close = _close_matches(str(key), hints)
-        raise UserError(f"--config {path}: unknown key {key!r}.{close}")
+        raise UserError(f"{whence}: unknown key {key!r}.{close}")
     hint, bare = hints[key], _without_none(hints[key])
     if value is None and hint is not bare:
         return None
@@ -167,9 +199,11 @@ def _checked(key: str, value: Any, hints: dict[str, Any], path: Path) -> Any:
             return value
         expected = "one of " + ", ".join(typing.get_args(bare))
     elif typing.get_origin(bare) is tuple:
-        if isinstance(value, list) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        expected = "a list of texts"
+        item = typing.get_args(bare)[0]
+        kinds = str if item is str else int | float
+        if isinstance(value, list) and all(isinstance(v, kinds) for v in value):
+            return tuple(item(v) for v in value)
+        expected = "a list of texts" if item is str else "a list of numbers"
     elif bare is float:
         # YAML reads 1e-4 as a text, since its numbers need a point.
         try:
@@ -184,21 +218,11 @@ def _checked(key: str, value: Any, hints: dict[str, Any], path: Path) -> Any:
         expected = {"int": "a whole number", "str": "a text", "bool": "true or false"}[
             bare.__name__
         ]
-    raise UserError(f"--config {path}: {key} must be {expected}; got {value!r}.")
+    raise UserError(f"{whence}: {key} must be {expected}; got {value!r}.")
 
 
-def _close_matches(key: str, known: typing.Iterable[str]) -> str:
+def _close_matches(key: str, known: Iterable[str]) -> str:
     import difflib
 
     close = difflib.get_close_matches(key, known, n=3)
     return f" Did you mean {' or '.join(close)}?" if close else " See --help for the known names."
-
-
-def _field_docs(cls: type) -> dict[str, str]:
-    """The string literal under each field of a dataclass, by field name."""
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    docs = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            docs[field.target.id] = " ".join(text.value.value.split())
-    return docs

@@ -57,7 +57,7 @@ def write_card(
         "data": f"{_shown(config.data.dataset_name or config.data.train_data_dir)}, "
         f"{num_samples} images at {config.data.resolution} px",
         "optimizer updates": f"{total['updates']} over all proxies, batch size "
-        f"{config.data.train_batch_size}, learning rate {training.learning_rate:g}",
+        f"{config.training.train_batch_size}, learning rate {training.learning_rate:g}",
         "samples": f"{total['trained']} trained, {total['skipped']} of {scored} skipped",
         "seed": str(training.seed),
     }

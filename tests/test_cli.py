@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
-from iet_sd.cli import train
+from iet_sd.cli.train import train
 from tests.compare import equal
 from tests.pipelines import RESOLUTION
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from iet_sd import cli
-from iet_sd.arguments import _field_docs, build_parser, from_layers, load
-from iet_sd.config import SECTIONS
+from iet_sd.arguments import build_parser, field_docs, from_layers, load
+from iet_sd.cli.train import train
+from iet_sd.config import Config
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 NEEDED = {"pretrained_model_name_or_path": "some/model", "train_data_dir": "pictures"}
 FLAGS = [part for key, value in NEEDED.items() for part in (f"--{key}", value)]
-FIELDS = {f.name: f for cls in SECTIONS.values() for f in dataclasses.fields(cls)}
+FIELDS = {f.name: f for cls in Config.sections().values() for f in dataclasses.fields(cls)}
 
 # Defaults of diffusers' train_text_to_image.py, and below the line of its LoRA script and the
 # `add_adapter` call in it. Not here: what we name otherwise since we count rounds.
@@ -338,7 +338,7 @@ def test_a_model_must_be_named():
     ids=" ".join,
 )
 def test_wrong_flags_end_with_status_2_and_one_line(flags, capsys):
-    assert cli.train([*FLAGS, *flags]) == 2
+    assert train([*FLAGS, *flags]) == 2
     said = capsys.readouterr()
     assert said.err.startswith("error: ")
     assert said.err.count("\n") == 1
@@ -369,15 +369,15 @@ def test_wrong_flag_answers_without_torch():
     assert not [line for line in done.stderr.splitlines() if line.endswith("| torch")]
 
 
-@pytest.mark.parametrize("cls", SECTIONS.values())
+@pytest.mark.parametrize("cls", Config.sections().values())
 def test_every_field_has_a_text_under_it(cls):
-    docs = _field_docs(cls)
+    docs = field_docs(cls)
     for field in dataclasses.fields(cls):
         assert docs.get(field.name, "").endswith((".", ")")), field.name
 
 
 def test_every_field_has_one_name_and_one_flag():
-    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in SECTIONS.values())
+    assert len(FIELDS) == sum(len(dataclasses.fields(cls)) for cls in Config.sections().values())
     flags = build_parser()._option_string_actions
     assert [name for name in FIELDS if f"--{name}" not in flags] == []
 
@@ -408,7 +408,7 @@ def test_all_settings_as_a_file_give_the_same_settings(given, tmp_path):
 
 
 def test_presets_and_methods_name_settings_of_the_method():
-    method = {field.name for field in dataclasses.fields(SECTIONS["method"])}
+    method = {field.name for field in dataclasses.fields(Config.sections()["method"])}
     for choice in (*METHODS.values(), *PRESETS.values()):
         assert choice.keys() <= method - {"method", "preset"}
     assert len({frozenset(preset) for preset in PRESETS.values()}) == 1

@@ -44,6 +44,8 @@ _FREE = {
     "check_images",
     "dataloader_num_workers",
     "ddp_timeout",
+    "heldout_data_dir",
+    "heldout_split",
     "output_dir",
     "overwrite_output_dir",
     "checkpointing_rounds",

@@ -34,9 +34,8 @@ def steps_per_round(config: Config, num_samples: int) -> int:
     method, training = config.method, config.training
     if method.steps_per_round is not None:
         return method.steps_per_round
-    per_update = config.data.train_batch_size * training.gradient_accumulation_steps
     total = training.max_train_steps or (
-        training.num_train_epochs * math.ceil(num_samples / per_update)
+        training.num_train_epochs * math.ceil(num_samples / training.samples_per_update)
     )
     return math.ceil(total / (method.num_shards * method.num_rounds))
 
@@ -88,10 +87,9 @@ def estimate(config: Config, steps: int, num_processes: int) -> Estimate:
     frozen = sum(p.numel() for p in unet.parameters()) - trainable
     size = config.data.resolution // _shrinkage(config)
     flops, saved = _count(unet, size)
-    method, batch = config.method, config.data.train_batch_size
+    method, batch = config.method, config.training.train_batch_size
     waiting = math.ceil(method.num_shards / num_processes)
-    per_step = batch * config.training.gradient_accumulation_steps
-    total = steps * method.num_rounds * waiting * per_step
+    total = steps * method.num_rounds * waiting * config.training.samples_per_update
     return Estimate(
         trainable=trainable,
         # fp32 weights, gradients and two moments of what is trained.

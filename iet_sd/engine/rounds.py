@@ -126,7 +126,7 @@ class Trainer:
         method, training = self.config.method, self.config.training
         rate = training.learning_rate
         if training.scale_lr:
-            rate *= self.config.data.train_batch_size * training.gradient_accumulation_steps
+            rate *= training.samples_per_update
         proxies = {
             shard: Proxy(
                 self.parameters,
@@ -197,7 +197,7 @@ class Trainer:
         self, state: State, shard: int, share: float | None
     ) -> Iterator[StepDone | ShardDone]:
         """One round of one proxy on its shard; its weights join the mean with ``share``, if any."""
-        data, method, progress = self.config.data, self.config.method, state.progress
+        training, method, progress = self.config.training, self.config.method, state.progress
         if progress.shard is None:
             progress.shard, progress.counts, progress.seconds = shard, Counts(), 0.0
         total, round = progress.counts, state.round + 1
@@ -206,12 +206,13 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         proxy.enter(state.weights)
         members = (state.shard_of_N == shard).nonzero().flatten().tolist()
-        per_step = data.train_batch_size * self.config.training.gradient_accumulation_steps
         batches = loader(
             self.dataset,
-            visits(self.seed, round, shard, members, start=total.steps * per_step),
-            data.train_batch_size,
-            data.dataloader_num_workers,
+            visits(
+                self.seed, round, shard, members, start=total.steps * training.samples_per_update
+            ),
+            training.train_batch_size,
+            training.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
         )
         limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if method.agc else 1)
@@ -243,10 +244,9 @@ class Trainer:
         self, proxy: Proxy, batches: Iterator[dict[str, Tensor]], new_skips_N: Tensor
     ) -> Counts:
         """Score ``gradient_accumulation_steps`` batches and do one update, if any is due."""
-        method, accumulation = self.config.method, self.config.training.gradient_accumulation_steps
-        per_update = self.config.data.train_batch_size * accumulation
+        method, per_update = self.config.method, self.config.training.samples_per_update
         counts = Counts()
-        for _ in range(accumulation):
+        for _ in range(self.config.training.gradient_accumulation_steps):
             part, skipped = accumulate_gradient(
                 self.objective,
                 next(batches),

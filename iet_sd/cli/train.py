@@ -1,23 +1,21 @@
-"""The command line: parse, check, build, loop over events, finish.
+"""``train_iet_sd.py``: parse, check, build, loop over events, finish.
 
 Nothing heavy is imported until the settings are known to be sound, so ``--help`` and a wrong flag
 answer at once.
 """
 
 import dataclasses
-import errno
 import logging
-import os
 import secrets
-import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from iet_sd.arguments import load
+from iet_sd.cli.common import make_accelerator, status_of
 from iet_sd.config import Config
-from iet_sd.errors import Stopped, UserError
+from iet_sd.errors import UserError
 
 if TYPE_CHECKING:
     from iet_sd.data.sources import Source
@@ -25,42 +23,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger("iet_sd")
 # What no run may write over without being told to.
 _RESULTS = ("metrics.jsonl", "checkpoint-*", "model_index.json", "pytorch_lora_weights.safetensors")
-# Disk full, over quota, read-only, not allowed.
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_WAY_ON = (
+    "Checkpoints written before are whole: make room, then go on with "
+    "--resume_from_checkpoint latest."
+)
 
 
 def train(argv: Sequence[str]) -> int:
-    """Run ``train_iet_sd.py``; returns the exit status. A user's mistake is one line, status 2."""
-    try:
-        _train(load(argv))
-    except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        print(
-            f"error: {error}. Checkpoints written before are whole: make room, then go on with "
-            "--resume_from_checkpoint latest.",
-            file=sys.stderr,
-        )
-        return 1
-    except Stopped as stop:
-        print(stop, file=sys.stderr)
-        return 128 + stop.number
-    return 0
+    """Run ``train_iet_sd.py``; returns the exit status."""
+    return status_of(lambda: _train(load(argv)), _WAY_ON)
 
 
 def _train(config: Config) -> None:
     """Check everything that can be checked without weights, then train."""
-    import torch
-    from accelerate import Accelerator
-    from accelerate.utils import (
-        InitProcessGroupKwargs,
-        ProjectConfiguration,
-        broadcast_object_list,
-    )
+    from accelerate.utils import ProjectConfiguration, broadcast_object_list
 
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
@@ -76,23 +52,12 @@ def _train(config: Config) -> None:
         _check_output_dir(output_dir, config)
 
     logging_dir = output_dir / config.training.logging_dir
-    # Before Accelerator, which sets this variable too.
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    one_thread_by_default = launched and os.environ.get("OMP_NUM_THREADS") == "1"
-    on_cpu = not torch.accelerator.is_available()
-    _check_precision(config.training.mixed_precision, on_cpu)
-    timeout = timedelta(seconds=config.training.ddp_timeout)
-    accelerator = Accelerator(
-        # Else several processes on a machine without a GPU would each train alone.
-        cpu=on_cpu,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
-        mixed_precision=config.training.mixed_precision,
+    accelerator = make_accelerator(
+        config.training.mixed_precision,
+        timeout=timedelta(seconds=config.training.ddp_timeout),
         log_with=None if config.training.report_to == "none" else config.training.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
     )
-    _set_up_logging(accelerator.is_main_process)
-    if one_thread_by_default and on_cpu and accelerator.num_processes == 1:
-        _use_all_cores()
     plan.check_processes(config, accelerator.num_processes)
     seed, resume = config.training.seed, config.training.resume_from_checkpoint
     if seed is None and (folder := checkpoint.find(output_dir, resume)):
@@ -213,26 +178,6 @@ def _check_output_dir(output_dir: Path, config: Config) -> None:
         checkpoint.find(output_dir, training.resume_from_checkpoint)
 
 
-def _check_precision(flag: str | None, on_cpu: bool) -> None:
-    """Errors: `UserError` for a precision that this machine or this program does not have."""
-    precision = flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if precision not in ("no", "fp16", "bf16"):
-        raise UserError(f"--mixed_precision {precision}: expected no, fp16 or bf16.")
-    if precision == "fp16" and on_cpu:
-        raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
-
-
-def _use_all_cores() -> None:
-    """Undo accelerate's default of one thread for a lone process on a CPU.
-
-    Any other number is the user's, by OMP_NUM_THREADS or --num_cpu_threads_per_process.
-    """
-    import torch
-
-    torch.set_num_threads(os.cpu_count() or 1)
-    logger.info("using %d threads, not the one that accelerate sets", torch.get_num_threads())
-
-
 def _check_tracker(name: str) -> None:
     """Errors: `UserError` for a tracker whose package is missing."""
     import importlib.util
@@ -243,14 +188,3 @@ def _check_tracker(name: str) -> None:
             f"--report_to {name} needs the package {package}: pip install {package}, or use "
             "--report_to none (metrics.jsonl is written anyway)."
         )
-
-
-def _set_up_logging(is_main_process: bool) -> None:
-    """Ours at INFO on the main process; libraries at WARNING, and without bars of their own."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,97 @@
+"""What all commands share: errors as one line, and the processes they run in."""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from iet_sd.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger("iet_sd")
+# Disk full, over quota, read-only, not allowed.
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def status_of(command: Callable[[], None], way_on: str) -> int:
+    """Run a command; its exit status. A user's mistake is one line and status 2.
+
+    ``way_on`` says what to do once there is room on the disk again.
+    """
+    try:
+        command()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        print(f"error: {error}. {way_on}", file=sys.stderr)
+        return 1
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
+    return 0
+
+
+def make_accelerator(
+    mixed_precision: str | None, timeout: timedelta, **options: Any
+) -> "Accelerator":
+    """Join the processes of this run, on their devices, and set up logging."""
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Before Accelerator, which sets this variable too.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    one_thread_by_default = launched and os.environ.get("OMP_NUM_THREADS") == "1"
+    on_cpu = not torch.accelerator.is_available()
+    _check_precision(mixed_precision, on_cpu)
+    accelerator = Accelerator(
+        # Else several processes on a machine without a GPU would each train alone.
+        cpu=on_cpu,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        mixed_precision=mixed_precision,
+        **options,
+    )
+    _set_up_logging(accelerator.is_main_process)
+    if one_thread_by_default and on_cpu and accelerator.num_processes == 1:
+        _use_all_cores()
+    return accelerator
+
+
+def _check_precision(flag: str | None, on_cpu: bool) -> None:
+    """Errors: `UserError` for a precision that this machine or this program does not have."""
+    precision = flag or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision {precision}: expected no, fp16 or bf16.")
+    if precision == "fp16" and on_cpu:
+        raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
+
+
+def _use_all_cores() -> None:
+    """Undo accelerate's default of one thread for a lone process on a CPU.
+
+    Any other number is the user's, by OMP_NUM_THREADS or --num_cpu_threads_per_process.
+    """
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    logger.info("using %d threads, not the one that accelerate sets", torch.get_num_threads())
+
+
+def _set_up_logging(is_main_process: bool) -> None:
+    """Ours at INFO on the main process; libraries at WARNING, and without bars of their own."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

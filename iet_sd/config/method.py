@@ -1,0 +1,108 @@
+"""Settings of the method."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iet_sd.config.checks import below_one, not_negative, positive
+from iet_sd.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The method (IET-AGC+, arXiv 2502.09434), every rule of it a setting.
+
+    ``method`` says which parts are on and ``preset`` how they are read; both only fill in values
+    of the other fields, which win when given.
+    """
+
+    method: Literal["iet_agc_plus", "iet_agc", "iet", "none"] = "iet_agc_plus"
+    """iet_agc_plus: all parts. iet_agc: shards and skipping. iet: shards alone. none: plain."""
+    preset: Literal["corrected", "paper"] = "corrected"
+    """corrected: the method with the accidents of the authors' code repaired. paper: as theirs."""
+    num_shards: int = 4
+    """Shards of the data, each with a proxy of the model (K)."""
+    num_rounds: int = 10
+    """Rounds of training; proxies are averaged at their end (R)."""
+    steps_per_round: int | None = None
+    """Steps of each proxy in a round. Default: so that all together make --max_train_steps."""
+    step_unit: Literal["update", "batch"] = "update"
+    """What a step counts: optimizer updates, or batches scored (some of which update nothing)."""
+    shard_split: Literal["seeded", "contiguous"] = "seeded"
+    """Split by seed with every sample used and groups kept together, or slices in file order
+    with the remainder left out."""
+    aggregate_every: int = 2
+    """Average the proxies after every so many rounds (and always after the last)."""
+    aggregation_weights: Literal["size", "uniform"] = "size"
+    """Weight of a proxy: share of the samples its shard holds, or 1/K."""
+    agc: bool = True
+    """Skip samples whose loss is below --agc_threshold times the bank's mean (AGC)."""
+    agc_threshold: float = 0.8
+    """Threshold (lambda) of AGC, a share of the mean loss at that timestep."""
+    bank_decay: float = 0.8
+    """Decay (gamma) of the running mean of losses per timestep."""
+    bank_bins: int = 50
+    """Bins of neighbouring timesteps in the bank."""
+    bank_bias: Literal["corrected", "raw"] = "corrected"
+    """The running mean starts at 0: divide by its total weight, or leave it too low at first."""
+    empty_batch: Literal["skip", "step"] = "skip"
+    """A batch with nothing to train: no update, or an optimizer step with zero gradient."""
+    taa: bool = True
+    """Train samples near the threshold on an augmented image (TAA)."""
+    taa_sharpness: float = 5.0
+    """Strength is exp(-sharpness * distance from the threshold)."""
+    taa_magnitude: float = 5.0
+    """RandAugment magnitude at strength 1, on its scale of 31 steps."""
+    taa_num_ops: int = 2
+    """RandAugment operations per image."""
+    taa_strength: Literal["sample", "batch"] = "sample"
+    """Each sample's own strength, or the mean over the batch cut to a whole magnitude."""
+    taa_min_strength: float = 0.1
+    """Below this strength a sample is trained from the scoring pass itself, not augmented."""
+    taa_redraw_timestep: bool = False
+    """Draw a new timestep for the augmented image (the noise is always new)."""
+    taa_leftovers: Literal["train", "drop"] = "train"
+    """Train all kept samples, or wait for a full batch of them and drop what exceeds it."""
+    msr: bool = True
+    """Move the most skipped samples to the next shard (MSR)."""
+    msr_every: int = 2
+    """Move samples in the first of every so many rounds."""
+    msr_fraction: float = 0.25
+    """Share of a shard that moves."""
+    msr_min_skips: int = 1
+    """Only samples skipped at least so often move."""
+    msr_ties: Literal["seed", "index"] = "seed"
+    """Samples skipped equally often: order by seed, or the authors' order of positions."""
+
+    def __post_init__(self) -> None:
+        positive(self, "num_shards", "num_rounds", "bank_bins", "aggregate_every", "msr_every")
+        positive(self, "taa_num_ops", "steps_per_round")
+        not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
+        not_negative(self, "msr_min_skips")
+        below_one(self, "bank_decay", "msr_fraction")
+        if self.taa_magnitude > 30:
+            raise UserError(
+                "--taa_magnitude must be at most 30, the end of RandAugment's scale; "
+                f"got {self.taa_magnitude}."
+            )
+        if self.bank_bins > 1000:
+            raise UserError(f"--bank_bins must be at most 1000 (timesteps); got {self.bank_bins}.")
+        if self.taa and not self.agc:
+            raise UserError(
+                "--taa needs --agc: its strength is the distance from AGC's threshold. "
+                "Switch AGC on, or use --no-taa."
+            )
+        if self.msr and not self.agc:
+            raise UserError(
+                "--msr needs --agc: it moves the samples that AGC skips most. "
+                "Switch AGC on, or use --no-msr."
+            )
+        if self.msr and self.num_shards == 1:
+            raise UserError(
+                "--msr moves samples between shards, and --num_shards is 1. "
+                "Use more shards, or --no-msr."
+            )
+        if self.method == "none" and (self.num_shards > 1 or self.agc):
+            raise UserError(
+                "--method none is plain fine-tuning: one shard, no AGC, TAA or MSR. For shards "
+                "alone use --method iet, with skipping --method iet_agc."
+            )

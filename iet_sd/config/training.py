@@ -1,0 +1,106 @@
+"""Settings of a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from iet_sd.config.checks import below_one, not_negative, positive
+from iet_sd.errors import UserError
+
+LR_SCHEDULERS = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimisation, precision, and what is written where."""
+
+    output_dir: str = "sd-model-finetuned"
+    """Folder of the result: the pipeline or LoRA, metrics.jsonl, logs and checkpoints."""
+    overwrite_output_dir: bool = False
+    """Allow --output_dir to hold the result of an earlier run, and replace it."""
+    seed: int | None = None
+    """Seed of everything random. Default: drawn once and written to training_config.yaml."""
+    train_batch_size: int = 16
+    """Images in a batch."""
+    dataloader_num_workers: int = 0
+    """Processes that load images. 0: the main process does it."""
+    num_train_epochs: int = 100
+    """Passes over the data, if neither --max_train_steps nor --steps_per_round is given."""
+    max_train_steps: int | None = None
+    """Steps of all proxies together (--step_unit), split over shards and rounds."""
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    scale_lr: bool = False
+    """Multiply the learning rate by batch size and gradient accumulation steps."""
+    lr_scheduler: LR_SCHEDULERS = "constant"
+    """Learning-rate schedule; it counts the updates of one proxy over all rounds."""
+    lr_warmup_steps: int = 500
+    """Updates of a proxy over which the learning rate rises from 0, if the schedule warms up."""
+    gradient_accumulation_steps: int = 1
+    """Batches per optimizer update."""
+    adam_beta1: float = 0.9
+    """AdamW: decay of the first moment."""
+    adam_beta2: float = 0.999
+    """AdamW: decay of the second moment."""
+    adam_weight_decay: float = 1e-2
+    """AdamW: weight decay."""
+    adam_epsilon: float = 1e-8
+    """AdamW: epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Precision of forward passes; trained weights are always fp32. Default: accelerate's."""
+    allow_tf32: bool = False
+    """Allow TF32 matrix products on Ampere GPUs: faster, less exact."""
+    snr_gamma: float | None = None
+    """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares the unweighted."""
+    noise_offset: float = 0.0
+    """Scale of an offset of the noise, one number per image and channel."""
+    checkpointing_rounds: int = 1
+    """Save a checkpoint after every so many rounds (0: none at all)."""
+    checkpointing_steps: int = 500
+    """Save every so many steps within a round too; and when told to stop (Ctrl-C, SIGTERM)."""
+    checkpoints_total_limit: int | None = None
+    """Keep only so many checkpoints."""
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint: its folder, or "latest" for the newest one in --output_dir."""
+    report_to: Literal["tensorboard", "wandb", "comet_ml", "all", "none"] = "tensorboard"
+    """Tracker for curves and images. metrics.jsonl is always written."""
+    logging_dir: str = "logs"
+    """Folder of the tracker's files, under --output_dir."""
+    tracker_project_name: str = "iet-sd-fine-tune"
+    """Project name in the tracker."""
+    validation_prompts: tuple[str, ...] | None = None
+    """Prompts drawn during training and for the sample grid at the end."""
+    validation_rounds: int | None = None
+    """Draw --validation_prompts after every so many rounds. Default: only at the end."""
+    num_validation_images: int = 4
+    """Images per validation prompt."""
+    validation_inference_steps: int = 25
+    """Denoising steps of validation images."""
+    validation_guidance_scale: float = 7.5
+    """Classifier-free guidance of validation images."""
+    ddp_timeout: int = 7200
+    """Seconds that a process waits for the others at the end of a round before it gives up."""
+    dry_run: bool = False
+    """Print the resolved settings, shard sizes, updates, memory and time, then stop."""
+
+    @property
+    def samples_per_update(self) -> int:
+        """Samples scored for one optimizer update."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    def __post_init__(self) -> None:
+        positive(self, "num_train_epochs", "gradient_accumulation_steps", "num_validation_images")
+        positive(self, "learning_rate", "max_grad_norm", "ddp_timeout", "checkpointing_steps")
+        positive(self, "validation_inference_steps", "train_batch_size")
+        not_negative(
+            self, "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "noise_offset"
+        )
+        not_negative(self, "checkpointing_rounds", "adam_epsilon", "validation_guidance_scale")
+        below_one(self, "adam_beta1", "adam_beta2")
+        positive(self, "max_train_steps", "snr_gamma")
+        positive(self, "validation_rounds", "checkpoints_total_limit")
+        if self.validation_rounds and not self.validation_prompts:
+            raise UserError("--validation_rounds needs --validation_prompts.")
