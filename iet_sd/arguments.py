@@ -20,7 +20,7 @@ import yaml
 
 from iet_sd.config import Config, Settings
 from iet_sd.errors import UserError
-from iet_sd.presets import METHODS, PRESETS
+from iet_sd.presets import METHODS, PRESETS, stand_for
 
 S = TypeVar("S", bound=Settings)
 # Two ways to say one thing: a later layer that uses one of them lets go of the other.
@@ -52,23 +52,19 @@ def from_layers(*layers: dict[str, Any], settings: type[S] = Config) -> S:
     """Settings from flat mappings, the later ones winning over the earlier."""
     known = _fields(settings)
     choices = {k: v for k, v in {"preset": PRESETS, "method": METHODS}.items() if k in known}
-    values: dict[str, Any] = {}
-    stood_for: dict[str, set[str]] = {name: set() for name in choices}
-    for layer in ({name: known[name].default for name in choices}, *layers):
+    chosen = {name: known[name].default for name in choices}
+    written: dict[str, Any] = {}
+    for layer in layers:
         for one, other in (*_EXCLUSIVE, *[pair[::-1] for pair in _EXCLUSIVE]):
             if one in layer and other not in layer:
-                values.pop(other, None)
-        for name, choice in choices.items():
-            if name in layer:
-                # With the choice of a lower layer goes what it stood for, such as the one shard
-                # of method none.
-                for key in stood_for[name]:
-                    del values[key]
-                values |= choice[layer[name]]
-                stood_for[name] = set(choice[layer[name]])
-        values |= layer
-        for keys in stood_for.values():
-            keys.difference_update(layer)
+                written.pop(other, None)
+        for name in choices.keys() & layer.keys():
+            chosen[name] = layer[name]
+            # What it stands for replaces what is written out in a lower layer.
+            for key in choices[name][layer[name]]:
+                written.pop(key, None)
+        written |= layer
+    values = (stand_for(written, **chosen) if chosen else {}) | written
     if "pretrained_model_name_or_path" in known and "pretrained_model_name_or_path" not in values:
         raise UserError(
             "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
@@ -106,8 +102,9 @@ def build_parser(
             elif field.default not in (None, ""):
                 text += f" (default: {field.default})"
             # SUPPRESS keeps a flag that was not given out of the result, so the file can fill it.
-            positional = field.name in settings.POSITIONAL
-            name = field.name if positional else f"--{field.name}"
+            name = f"--{field.name}"
+            if field.name in settings.POSITIONAL:
+                name, options["metavar"] = field.name, field.name.upper()
             group.add_argument(name, help=text, default=argparse.SUPPRESS, **options)
     return parser
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _STAGING = ".partial"
 
@@ -18,40 +19,71 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     the ``model_index.json`` of a pipeline comes after the parts it names), and entries of other
     names stay. After an error in the block ``path`` is as it was.
 
-    One process enters; others may write into `staging_for` the path, between barriers inside the
-    block. What a killed run left behind in the staging folder goes away with the next write.
+    What a killed run left behind in the staging folder goes away with the next write.
     """
-    path = Path(os.path.abspath(path))
-    staging = staging_for(path)
-    if staging.exists():
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
+    staging = new_staging(path)
     try:
         yield staging
-        for folder, _, names in os.walk(staging):
-            for name in names:
-                _sync(os.path.join(folder, name))
-            _sync(folder)
-        if path.is_dir():
-            for entry in sorted(staging.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
-                _swap_in(entry, path / entry.name)
-            _sync(path)
-        else:
-            os.rename(staging, path)
-            _sync(path.parent)
+        publish(path)
     finally:
         if staging.exists():
             shutil.rmtree(staging)
 
 
-def staging_for(path: Path) -> Path:
-    """The staging folder of `atomic_folder`, for other processes that write into it.
+def new_staging(path: Path | str) -> Path:
+    """Make the staging folder of ``path``, empty; the first half of `atomic_folder`.
 
     Where it lies depends on whether ``path`` exists, so nobody may create or delete ``path``
-    while processes ask.
+    before `publish`. Several processes can write into `staging_for` the path.
     """
+    staging = staging_for(path)
+    if staging.exists():
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    return staging
+
+
+def publish(path: Path | str) -> None:
+    """Move what lies in the staging folder of ``path`` to ``path``; the second half."""
+    path = Path(os.path.abspath(path))
+    staging = staging_for(path)
+    for folder, _, names in os.walk(staging):
+        for name in names:
+            _sync(os.path.join(folder, name))
+        _sync(folder)
+    if path.is_dir():
+        for entry in sorted(staging.iterdir(), key=lambda entry: (entry.is_file(), entry.name)):
+            _swap_in(entry, path / entry.name)
+        _sync(path)
+    else:
+        os.rename(staging, path)
+        _sync(path.parent)
+
+
+def staging_for(path: Path | str) -> Path:
+    """The staging folder of ``path``."""
+    path = Path(os.path.abspath(path))
     # Inside an existing folder, since that may be a mount point: renames need one file system.
     return path / _STAGING if path.is_dir() else path.with_name(f".{path.name}{_STAGING}")
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, moved to ``path`` when the block ends without an error.
+
+    After an error ``path`` is as it was. Processes that write one path do not disturb each other:
+    the last to end wins.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{path.name}.{os.getpid()}{_STAGING}")
+    try:
+        with staging.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:

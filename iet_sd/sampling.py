@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
@@ -11,7 +12,6 @@ from PIL import Image, ImageDraw
 from iet_sd.seeding import seed_for
 
 
-@torch.no_grad()
 def sample(
     pipeline: StableDiffusionPipeline,
     prompts: Sequence[str],
@@ -23,22 +23,40 @@ def sample(
 ) -> list[list[Image.Image]]:
     """``per_prompt`` images for each prompt; image i of prompt p depends on (seed, p, i) only."""
     rows = []
-    with _evaluating(pipeline.unet):
-        for prompt_index, prompt in enumerate(prompts):
-            generators = [
-                torch.Generator().manual_seed(seed_for(seed, "sample", prompt_index, image))
-                for image in range(per_prompt)
-            ]
-            output = pipeline(
-                [prompt] * per_prompt,
-                height=resolution,
-                width=resolution,
-                num_inference_steps=inference_steps,
-                guidance_scale=guidance_scale,
-                generator=generators,
-            )
-            rows.append(output.images)
+    for prompt_index, prompt in enumerate(prompts):
+        seeds = [seed_for(seed, "sample", prompt_index, image) for image in range(per_prompt)]
+        images = draw(
+            pipeline, [prompt] * per_prompt, seeds, resolution, inference_steps, guidance_scale
+        )
+        rows.append(pipeline.numpy_to_pil(images))
     return rows
+
+
+@torch.no_grad()
+def draw(
+    pipeline: StableDiffusionPipeline,
+    prompts_B: Sequence[str],
+    seeds_B: Sequence[int],
+    resolution: int,
+    inference_steps: int,
+    guidance_scale: float,
+    negative_prompt: str = "",
+) -> np.ndarray:
+    """One batch, an image for each prompt and seed: float32 (B, H, W, 3) in [0, 1].
+
+    An image depends on its own prompt and seed alone, to the rounding of matrix products.
+    """
+    with evaluating(pipeline.unet):
+        return pipeline(
+            list(prompts_B),
+            negative_prompt=[negative_prompt] * len(prompts_B),
+            height=resolution,
+            width=resolution,
+            num_inference_steps=inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds_B],
+            output_type="np",
+        ).images
 
 
 def grid(rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> Image.Image:
@@ -58,8 +76,8 @@ def grid(rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> Image
 
 
 @contextmanager
-def _evaluating(module: torch.nn.Module):
-    """Dropout off while drawing, and the mode as it was afterwards."""
+def evaluating(module: torch.nn.Module):
+    """Dropout off inside, and the mode as it was afterwards."""
     training = module.training
     module.eval()
     try:

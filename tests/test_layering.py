@@ -21,6 +21,7 @@ LAYERS = (
     ("hub",),  # L4
     ("reporting",),
     ("cli",),  # L5
+    ("__main__",),
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -3,10 +3,13 @@
 import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
 
 from iet_sd.errors import Stopped, UserError
 
@@ -23,21 +26,30 @@ def status_of(command: Callable[[], None], way_on: str) -> int:
 
     ``way_on`` says what to do once there is room on the disk again.
     """
+    rank = os.environ.get("RANK", "0")
+    prefix = f"error{'' if rank == '0' else f' (process {rank})'}"
     try:
         command()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"error{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
+        print(f"{prefix}: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+    except (OSError, SafetensorError) as error:
+        if _errno(error) not in _CANNOT_WRITE:
             raise
-        print(f"error: {error}. {way_on}", file=sys.stderr)
+        print(f"{prefix}: {error}. {way_on}", file=sys.stderr)
         return 1
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.number
     return 0
+
+
+def _errno(error: OSError | SafetensorError) -> int | None:
+    """The system's number of an error; safetensors' own exception has it in its text alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"os error (\d+)", str(error))
+    return int(found[1]) if found else None
 
 
 def make_accelerator(
@@ -53,6 +65,8 @@ def make_accelerator(
     one_thread_by_default = launched and os.environ.get("OMP_NUM_THREADS") == "1"
     on_cpu = not torch.accelerator.is_available()
     _check_precision(mixed_precision, on_cpu)
+    # NCCL would else abort this process when another is gone, before it can say what to do.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     accelerator = Accelerator(
         # Else several processes on a machine without a GPU would each train alone.
         cpu=on_cpu,

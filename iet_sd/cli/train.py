@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,14 +16,17 @@ from typing import TYPE_CHECKING
 from iet_sd.arguments import load
 from iet_sd.cli.common import make_accelerator, status_of
 from iet_sd.config import Config
+from iet_sd.engine.stopping import Signals
 from iet_sd.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
     from iet_sd.data.sources import Source
+    from iet_sd.engine.checkpoint import Checkpoint
 
 logger = logging.getLogger("iet_sd")
-# What no run may write over without being told to.
-_RESULTS = ("metrics.jsonl", "checkpoint-*", "model_index.json", "pytorch_lora_weights.safetensors")
 _WAY_ON = (
     "Checkpoints written before are whole: make room, then go on with "
     "--resume_from_checkpoint latest."
@@ -31,16 +35,23 @@ _WAY_ON = (
 
 def train(argv: Sequence[str]) -> int:
     """Run ``train_iet_sd.py``; returns the exit status."""
-    return status_of(lambda: _train(load(argv)), _WAY_ON)
+
+    def command() -> None:
+        with Signals() as signals:
+            _train(load(argv), signals)
+
+    return status_of(command, _WAY_ON)
 
 
-def _train(config: Config) -> None:
+def _train(config: Config, signals: Signals) -> None:
     """Check everything that can be checked without weights, then train."""
-    from accelerate.utils import ProjectConfiguration, broadcast_object_list
+    from accelerate.utils import ProjectConfiguration
 
+    from iet_sd.cli.output_dir import open_checkpoint
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
-    from iet_sd.engine import checkpoint, plan
+    from iet_sd.engine import plan
+    from iet_sd.engine.collectives import from_main
     from iet_sd.models.attention import check_attention
     from iet_sd.models.loading import check_model
 
@@ -48,8 +59,6 @@ def _train(config: Config) -> None:
     check_model(config.model)
     check_attention(config.model.enable_xformers_memory_efficient_attention)
     _check_tracker(config.training.report_to)
-    if not config.training.dry_run:
-        _check_output_dir(output_dir, config)
 
     logging_dir = output_dir / config.training.logging_dir
     accelerator = make_accelerator(
@@ -59,11 +68,13 @@ def _train(config: Config) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
     )
     plan.check_processes(config, accelerator.num_processes)
-    seed, resume = config.training.seed, config.training.resume_from_checkpoint
-    if seed is None and (folder := checkpoint.find(output_dir, resume)):
-        seed = checkpoint.seed_of(folder)
+    processes = accelerator.process_index, accelerator.num_processes
+    found = from_main(lambda: open_checkpoint(config), *processes)
+    seed = config.training.seed
+    if seed is None and found:
+        seed = found.identity["seed"]
     elif seed is None:
-        (seed,) = broadcast_object_list([secrets.randbelow(2**31)])
+        seed = from_main(lambda: secrets.randbelow(2**31), *processes)
     config = dataclasses.replace(
         config,
         training=dataclasses.replace(
@@ -81,26 +92,39 @@ def _train(config: Config) -> None:
     if config.training.dry_run:
         if accelerator.is_main_process:
             sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
-            found = plan.estimate(config, steps, accelerator.num_processes)
-            print(plan.describe(config, sizes, steps, found, accelerator.device))
+            needs = plan.estimate(config, steps, accelerator.num_processes)
+            print(plan.describe(config, sizes, steps, needs, accelerator.device))
         return
     try:
-        _run(config, source, shard_of_N, steps, accelerator)
+        _run(config, source, shard_of_N, steps, found, accelerator, signals)
     finally:
         accelerator.end_training()
 
 
-def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) -> None:
+def _run(
+    config: Config,
+    source: "Source",
+    shard_of_N: "Tensor",
+    steps: int,
+    found: "Checkpoint | None",
+    accelerator: "Accelerator",
+    signals: Signals,
+) -> None:
     """Load the model, train it round by round, and save the result."""
     import torch
 
+    from iet_sd.cli.output_dir import goes_on_here, make_way
     from iet_sd.data.dataset import TrainingImages
-    from iet_sd.engine import checkpoint, plan
+    from iet_sd.engine import plan
     from iet_sd.engine.checkpointer import Checkpointer
+    from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.identity import identity
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.step import Objective
+    from iet_sd.engine.store import open_store
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
+    from iet_sd.models.fingerprint import fingerprint
     from iet_sd.models.loading import load_components
     from iet_sd.reporting import Reporter
     from iet_sd.seeding import seed_for
@@ -145,37 +169,25 @@ def _run(config: Config, source: "Source", shard_of_N, steps: int, accelerator) 
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    state = trainer.start(shard_of_N)
-    identity = checkpoint.identity(config, steps, source.fingerprint())
-    barrier = accelerator.wait_for_everyone
-    checkpointer = Checkpointer(training, trainer, state, identity, barrier)
-    checkpointer.start()
-    reporter = Reporter(config, accelerator, components, state.round, steps)
-    with checkpointer.stopping_on_signals():
-        for event in trainer.run(state):
-            reporter.show(event)
-            checkpointer.after(event)
+    processes = accelerator.process_index, accelerator.num_processes
+    model = from_main(lambda: fingerprint(components.folder, components.variant), *processes)
+    shared = identity(config, steps, model, source.fingerprint())
+    output_dir = Path(training.output_dir)
+    with open_store(training.proxy_store, output_dir, *processes) as store:
+        state = trainer.start(shard_of_N, store)
+        checkpointer = Checkpointer(training, trainer, state, shared, signals)
+        checkpointer.load(found)
+        if accelerator.is_main_process and not goes_on_here(found, output_dir):
+            make_way(config)
+        checkpointer.begin(found)
+        reporter = Reporter(config, accelerator, components, state, steps)
+        with closing(reporter):
+            for event in trainer.run(state):
+                reporter.show(event)
+                checkpointer.after(event)
     if accelerator.is_main_process:
         reporter.finish(len(source.sample_ids))
     accelerator.wait_for_everyone()
-
-
-def _check_output_dir(output_dir: Path, config: Config) -> None:
-    """Refuse to write over another run's result without being told to."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
-    training = config.training
-    earlier = any(list(output_dir.glob(name)) for name in _RESULTS)
-    if earlier and not (training.overwrite_output_dir or training.resume_from_checkpoint):
-        raise UserError(
-            f"--output_dir {output_dir} holds a model or an earlier run. Go on with it by "
-            "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give "
-            "another folder."
-        )
-    if training.resume_from_checkpoint:
-        from iet_sd.engine import checkpoint
-
-        checkpoint.find(output_dir, training.resume_from_checkpoint)
 
 
 def _check_tracker(name: str) -> None:

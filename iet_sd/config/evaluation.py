@@ -73,8 +73,8 @@ class EvaluationConfig:
     """Training and held-out images whose denoising loss is compared; 0: not measured."""
     membership_timesteps: int = 10
     """Timesteps, spread evenly, at which that loss is taken."""
-    engine: Literal["torch", "faiss"] = "torch"
-    """What searches for neighbours; both are exact. faiss needs the package faiss-cpu."""
+    without_heldout: bool = False
+    """Leave out all that compares with held-out images, if there are none."""
     embedding_batch_size: int = 64
     """Images embedded at a time."""
     bootstrap_resamples: int = 2000

@@ -60,10 +60,10 @@ def weights_file(part: str, variant: str | None) -> str | None:
     return stem and ".".join(filter(None, (stem, variant, "safetensors")))
 
 
-def download_patterns(variant: str | None) -> list[str]:
+def download_patterns(variant: str | None, weights: bool = True) -> list[str]:
     """Files of a Hub repository that make up its pipeline: one format and variant of weights."""
-    weights = {f"{name}/{file}" for name in PARTS if (file := weights_file(name, variant))}
-    return [INDEX, "*/*.json", "tokenizer/*.txt", *sorted(weights)]
+    files = {f"{name}/{file}" for name in PARTS if (file := weights_file(name, variant))}
+    return [INDEX, "*/*.json", "tokenizer/*.txt", *(sorted(files) if weights else [])]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,8 +77,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_folder(folder: Path, config: ModelConfig) -> None:
-    """`UserError` unless ``folder`` holds a whole SD 1.x or 2.x pipeline that we can train."""
+def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> None:
+    """`UserError` unless ``folder`` holds a whole SD 1.x or 2.x pipeline that we can train.
+
+    Without ``weights`` all but these must be there.
+    """
     name = config.pretrained_model_name_or_path
     if not (folder / INDEX).is_file():
         single = next((str(f) for f in sorted(folder.iterdir()) if f.suffix in SINGLE_FILE), None)
@@ -89,6 +92,8 @@ def check_folder(folder: Path, config: ModelConfig) -> None:
     _check_classes(folder, name)
     for part in parts_of(folder):
         _check_part(folder / part, part, config)
+        if weights and (file := weights_file(part, config.variant)):
+            _check_weights(folder / part / file, part, config)
     _check_channels(folder, name)
     _check_prediction_type(folder, config)
 
@@ -126,7 +131,7 @@ def _check_classes(folder: Path, name: str) -> None:
 
 
 def _check_part(folder: Path, part: str, config: ModelConfig) -> None:
-    """The folder of a part must hold its config and, of the asked variant, its weights."""
+    """The folder of a part must hold its config, and a tokenizer its vocabulary."""
     missing = f"{config.pretrained_model_name_or_path}: {INDEX} names a {part}, but"
     if not (folder / PARTS[part].config).is_file():
         raise UserError(
@@ -141,8 +146,6 @@ def _check_part(folder: Path, part: str, config: ModelConfig) -> None:
             f"{missing} {part}/ has no vocabulary: expected tokenizer.json, or vocab.json and "
             f"merges.txt, {_found(folder)}."
         )
-    if weights := weights_file(part, config.variant):
-        _check_weights(folder / weights, part, config)
 
 
 def _check_weights(path: Path, part: str, config: ModelConfig) -> None:

@@ -45,12 +45,15 @@ logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def check_model(config: ModelConfig) -> None:
-    """`UserError` for what can be known to fail before weights are loaded; asks no network."""
+def check_model(config: ModelConfig, weights: bool = True) -> None:
+    """`UserError` for what can be known to fail before weights are loaded; asks no network.
+
+    Without ``weights`` they need not even be there.
+    """
     name = config.pretrained_model_name_or_path
     path = Path(name).expanduser()
     if path.is_dir():
-        check_folder(path, config)
+        check_folder(path, config, weights)
     elif path.is_file() or name.endswith(SINGLE_FILE):
         problem = "is a single file" if path.is_file() else "is no folder, and no such file exists"
         raise UserError(f"{name} {problem}. {convert_hint(name)}")
@@ -68,6 +71,20 @@ def check_model(config: ModelConfig) -> None:
             ) from error
 
 
+def find_folder(config: ModelConfig, cache_dir: str | None, weights: bool = True) -> Path:
+    """Where the checked pipeline lies; fetched where it is on the Hub and not here yet.
+
+    Without ``weights`` all but these.
+    Errors: `UserError` for a model that isn't there, can't be reached, or isn't SD 1.x or 2.x.
+    """
+    check_model(config, weights)
+    folder = Path(config.pretrained_model_name_or_path).expanduser()
+    if not folder.is_dir():
+        folder = _download(config, cache_dir, weights)
+        check_folder(folder, config, weights)
+    return folder
+
+
 def load_components(
     config: ModelConfig, weight_dtype: torch.dtype, cache_dir: str | None
 ) -> "Components":
@@ -77,11 +94,7 @@ def load_components(
     fp32): that of all frozen parts. Every part comes frozen and in eval mode.
     Errors: `UserError` for a model that isn't there, can't be reached, or isn't SD 1.x or 2.x.
     """
-    check_model(config)
-    folder = Path(config.pretrained_model_name_or_path).expanduser()
-    if not folder.is_dir():
-        folder = _download(config, cache_dir)
-        check_folder(folder, config)
+    folder = find_folder(config, cache_dir)
     unet_dtype = torch.float32 if config.train_mode == "full" else weight_dtype
     load = partial(_load_part, folder=folder, variant=config.variant)
     return Components(
@@ -94,6 +107,19 @@ def load_components(
         folder=folder,
         variant=config.variant,
     )
+
+
+def latent_size(vae: AutoencoderKL, resolution: int, source: str) -> int:
+    """Height and width of the latents of images of ``resolution`` pixels.
+
+    Errors: `UserError`, naming the model's ``source``, if the VAE cannot halve them so often.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if resolution % factor:
+        raise UserError(
+            f"--resolution must be a multiple of {factor} for {source}; got {resolution}."
+        )
+    return resolution // factor
 
 
 def as_pipeline(
@@ -118,7 +144,7 @@ def as_pipeline(
     return pipeline
 
 
-def _download(config: ModelConfig, cache_dir: str | None) -> Path:
+def _download(config: ModelConfig, cache_dir: str | None, weights: bool) -> Path:
     """The Hub's files of the pipeline, from the cache where they are there already."""
     name = config.pretrained_model_name_or_path
     try:
@@ -126,7 +152,7 @@ def _download(config: ModelConfig, cache_dir: str | None) -> Path:
             name,
             revision=config.revision,
             cache_dir=cache_dir,
-            allow_patterns=download_patterns(config.variant),
+            allow_patterns=download_patterns(config.variant, weights),
         )
     except GatedRepoError as error:
         raise UserError(
@@ -208,9 +234,4 @@ class Components:
 
     def latent_size(self, resolution: int) -> int:
         """Height and width of the latents of images of ``resolution`` pixels."""
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        if resolution % factor:
-            raise UserError(
-                f"--resolution must be a multiple of {factor} for {self.source}; got {resolution}."
-            )
-        return resolution // factor
+        return latent_size(self.vae, resolution, self.source)

@@ -1,0 +1,311 @@
+"""Arrays become named numbers with intervals: what the report shows.
+
+Letters in shapes: G generations, H held-out images, T training images, S timesteps, D dimensions.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from iet_sd.evaluation import membership, quality
+from iet_sd.evaluation.closeness import Ratios
+from iet_sd.evaluation.ratio import mq
+from iet_sd.evaluation.similarity import summarize
+from iet_sd.evaluation.statistics import Estimate, bootstrap, permutation_test
+
+Section = Literal["Copying", "Membership", "Quality"]
+Better = Literal["lower", "higher", "zero"]
+
+
+class Text(NamedTuple):
+    """What people read of a kind of number."""
+
+    label: str
+    better: Better | None
+    meaning: str
+
+
+# A name may go on with _ and what it is of: share_above_0.5, mq_15, similarity_p90.
+TEXTS = {
+    "excess_score": Text(
+        "Excess similarity",
+        "zero",
+        "The memorization score minus the same statistic of held-out images, which resemble "
+        "training images by chance alone.",
+    ),
+    "memorization_score": Text(
+        "Memorization score",
+        "lower",
+        "95th percentile, over generations, of the similarity to the nearest training image.",
+    ),
+    "excess_mean": Text(
+        "Excess similarity, mean", "zero", "The same excess for the mean instead of the percentile."
+    ),
+    "excess_p_value": Text(
+        "p-value of the excess",
+        None,
+        "Chance of a mean excess this large if generations were as new as held-out images.",
+    ),
+    "similarity": Text(
+        "Similarity", "lower", "Similarity of generations to the nearest training image."
+    ),
+    "excess_share_above": Text(
+        "Excess share above", "zero", "The share above the threshold minus that of held-out images."
+    ),
+    "share_above": Text(
+        "Share above", "lower", "Share of generations that count as copies at this similarity."
+    ),
+    "own_similarity": Text(
+        "Similarity to the own image",
+        "lower",
+        "Mean similarity of a generation to the training image whose caption it was drawn for.",
+    ),
+    "background": Text(
+        "Train-train background",
+        None,
+        "The same statistic for training images and their nearest other training image; "
+        "duplicates raise it.",
+    ),
+    "heldout": Text(
+        "Held-out baseline",
+        None,
+        "The same statistic for held-out images: what a model that copies nothing may reach.",
+    ),
+    "excess_l2_copies": Text(
+        "Excess l2-ratio copies",
+        "zero",
+        "The share of l2-ratio copies minus that of held-out images.",
+    ),
+    "l2_copies": Text(
+        "l2-ratio copies",
+        "lower",
+        "Share of generations nearer to a training image, in pixels, than half the mean distance "
+        "of the 50 nearest (Carlini et al. 2023).",
+    ),
+    "mq": Text(
+        "MQ",
+        "lower",
+        "Generations whose squared distance ratio, in percent, is below this (Liu et al. 2024).",
+    ),
+    "authentic": Text(
+        "AuthPct",
+        "higher",
+        "Share of generations farther from their nearest training image than that image is from "
+        "its own neighbour (Alaa et al. 2022).",
+    ),
+    "c_t": Text(
+        "C_T",
+        "zero",
+        "Z-score of generations lying nearer to the training set than held-out images do; below "
+        "-3 is copying (Meehan et al. 2020).",
+    ),
+    "loss_gap": Text(
+        "Loss gap", "zero", "Denoising loss of held-out images minus that of training images."
+    ),
+    "heldout_loss": Text(
+        "Held-out loss",
+        "lower",
+        "Denoising loss of held-out images: quality that copying cannot buy.",
+    ),
+    "membership_auc": Text(
+        "Membership AUC",
+        None,
+        "Chance that the loss tells a training image from a held-out one; 0.5 is blind guessing.",
+    ),
+    "membership_tpr": Text(
+        "Membership TPR at 1 % FPR",
+        "lower",
+        "Training images found by their loss when 1 % of held-out ones may be accused; 0.01 is "
+        "blind guessing.",
+    ),
+    "kid": Text(
+        "KID",
+        "lower",
+        "Kernel distance of generations and held-out images; unbiased in the number of images.",
+    ),
+    "fid": Text("FID", "lower", "Distance of Gaussians fitted to generations and held-out images."),
+    "precision": Text("Precision", "higher", "Generations that look like a held-out image."),
+    "recall": Text("Recall", "higher", "Held-out images that look like a generation."),
+    "density": Text("Density", "higher", "Held-out neighbourhoods that a generation lies in."),
+    "coverage": Text("Coverage", "higher", "Held-out images with a generation near by."),
+    "vendi": Text("Vendi score", "higher", "How many wholly different images would be as diverse."),
+    "clip_score": Text("CLIP score", "higher", "Cosine of image and prompt, by the CLIP named."),
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number of the report."""
+
+    section: Section
+    name: str
+    label: str
+    value: float
+    meaning: str
+    better: Better | None = None
+    low: float | None = None
+    high: float | None = None
+    level: float | None = None
+    embedder: str | None = None
+    headline: bool = False
+    warning: str | None = None
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How intervals are made, and what belongs together in them."""
+
+    prompt_G: np.ndarray
+    """The prompt of each generation."""
+    group_H: np.ndarray
+    """The near-duplicate group of each held-out image."""
+    resamples: int = 2000
+    level: float = 0.95
+    seed: int = 0
+
+    def generated(
+        self, statistic: Callable[[np.ndarray], Mapping[str, float]], value_G: np.ndarray
+    ) -> dict[str, Estimate]:
+        """Numbers of the generations alone, by name."""
+        return self._by_name(statistic, [value_G], [self.prompt_G])
+
+    def excess(
+        self,
+        statistic: Callable[[np.ndarray], Mapping[str, float]],
+        value_G: np.ndarray,
+        value_H: np.ndarray,
+    ) -> dict[str, Estimate]:
+        """Numbers of the generations minus those of the held-out images, by name."""
+
+        def difference(value_G: np.ndarray, value_H: np.ndarray) -> dict[str, float]:
+            baseline = statistic(value_H)
+            return {name: value - baseline[name] for name, value in statistic(value_G).items()}
+
+        return self._by_name(difference, [value_G, value_H], [self.prompt_G, self.group_H])
+
+    def images(
+        self, statistic: Callable[..., Mapping[str, float]], train: np.ndarray, heldout: np.ndarray
+    ) -> dict[str, Estimate]:
+        """Numbers of training and held-out images, each of which stands for itself."""
+        return self._by_name(statistic, [train, heldout], [None, None])
+
+    def _by_name(self, statistic, samples: Sequence[np.ndarray], clusters) -> dict[str, Estimate]:
+        estimates = bootstrap(
+            lambda *drawn: np.array(list(statistic(*drawn).values())),
+            *samples,
+            clusters=clusters,
+            resamples=self.resamples,
+            level=self.level,
+            seed=self.seed,
+        )
+        return dict(zip(statistic(*samples), estimates, strict=True))
+
+
+def copying(
+    similarity_G: np.ndarray,
+    own_G: np.ndarray | None,
+    train_T: np.ndarray,
+    heldout_H: np.ndarray | None,
+    thresholds: Sequence[float],
+    by: Resampling,
+) -> list[Measure]:
+    """Similarity to the nearest training image: of generations, held-out images, and the excess.
+
+    ``own_G``: to the prompt's own training image. ``train_T``: of training images to the nearest
+    other one.
+    """
+    section, shown = "Copying", []
+    statistic = lambda value: summarize(value, thresholds)  # noqa: E731
+    found = by.generated(statistic, similarity_G)
+    shares = [name for name in found if name.startswith("share_above_")]
+    if heldout_H is not None:
+        over = by.excess(statistic, similarity_G, heldout_H)
+        p_value = permutation_test(
+            similarity_G, heldout_H, clusters=[by.prompt_G, by.group_H], seed=by.seed
+        )
+        shown += [
+            measure(section, "excess_score", over["p95"]),
+            measure(section, "excess_mean", over["mean"]),
+            measure(section, "excess_p_value", p_value),
+            *(measure(section, f"excess_{name}", over[name]) for name in shares),
+            measure(section, "heldout_p95", statistic(heldout_H)["p95"]),
+        ]
+    shown.insert(1 if shown else 0, measure(section, "memorization_score", found["p95"]))
+    for name in ("mean", "p75", "p90"):
+        shown.append(measure(section, f"similarity_{name}", found[name]))
+    shown += [measure(section, name, found[name]) for name in shares]
+    if own_G is not None:
+        shown.append(mean_of(section, "own_similarity", own_G, by))
+    return [*shown, measure(section, "background_p95", statistic(train_T)["p95"])]
+
+
+def distances(ratios: Mapping[str, Ratios], by: Resampling) -> list[Measure]:
+    """The l2-ratio of Carlini et al. 2023 and MQ of the method's authors, of pixels.
+
+    ``ratios``: of the sets generated and, if there is one, heldout.
+    """
+    generated, heldout = ratios["generated"], ratios.get("heldout")
+    copies = lambda ratio: {"share": (ratio < 1).mean()}  # noqa: E731
+    shown = [measure("Copying", "l2_copies", by.generated(copies, generated.ratio_Q)["share"])]
+    if heldout is not None:
+        excess = by.excess(copies, generated.ratio_Q, heldout.ratio_Q)["share"]
+        shown.append(measure("Copying", "excess_l2_copies", excess))
+    counts = mq(generated.distance_QK)
+    return [*shown, *(measure("Copying", f"mq_{cut}", count) for cut, count in counts.items())]
+
+
+def authenticity(authentic_G: np.ndarray, by: Resampling) -> Measure:
+    """AuthPct, as a share."""
+    return mean_of("Copying", "authentic", authentic_G.astype(float), by)
+
+
+def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list[Measure]:
+    """The white-box pair: gap of the denoising loss, and membership told by that loss."""
+
+    def statistic(train_N: np.ndarray, heldout_N: np.ndarray) -> dict[str, float]:
+        return {
+            "membership_auc": membership.membership_auc(train_N, heldout_N),
+            "membership_tpr": membership.tpr_at_fpr(train_N, heldout_N, fpr=0.01),
+            "loss_gap": heldout_N.mean() - train_N.mean(),
+            "heldout_loss": heldout_N.mean(),
+        }
+
+    found = by.images(statistic, train_NS.mean(axis=1), heldout_NS.mean(axis=1))
+    shown = [measure("Membership", name, estimate) for name, estimate in found.items()]
+    if len(heldout_NS) < 100:
+        warning = f"of {len(heldout_NS)} held-out images 1 % is less than one image"
+        return [replace(m, warning=warning) if m.name == "membership_tpr" else m for m in shown]
+    return shown
+
+
+def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, seed: int) -> list[Measure]:
+    """Quality against held-out images, since copies are near to training images and score well."""
+    mean, spread = quality.kernel_distance(generated_GD, heldout_HD, seed=seed)
+    found = {"kid": mean, "fid": quality.frechet_distance(generated_GD, heldout_HD)}
+    found |= quality.precision_recall_density_coverage(heldout_HD, generated_GD)
+    found["vendi"] = quality.vendi_score(generated_GD)
+    warning = quality.small_sample_warning(
+        len(generated_GD), len(heldout_HD), generated_GD.shape[1]
+    )
+    shown = [measure("Quality", name, value) for name, value in found.items()]
+    kid = replace(shown[0], low=mean - 2 * spread, high=mean + 2 * spread)
+    return [kid, *(replace(m, warning=warning) for m in shown[1:])]
+
+
+def mean_of(section: Section, name: str, value_G: np.ndarray, by: Resampling) -> Measure:
+    """The mean of a value of the generations."""
+    found = by.generated(lambda value: {"mean": value.mean()}, value_G)
+    return measure(section, name, found["mean"])
+
+
+def measure(section: Section, name: str, found: Estimate | float) -> Measure:
+    """A number, with its interval if it has one, and the text of its kind."""
+    kind = name if name in TEXTS else next(key for key in TEXTS if name.startswith(f"{key}_"))
+    text, of = TEXTS[kind], name[len(kind) + 1 :].replace("_", " ")
+    label = f"{text.label} {of}".strip()
+    if not isinstance(found, Estimate):
+        return Measure(section, name, label, float(found), text.meaning, text.better)
+    interval = (found.low, found.high, found.level)
+    return Measure(section, name, label, found.value, text.meaning, text.better, *interval)

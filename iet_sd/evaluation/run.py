@@ -1,0 +1,291 @@
+"""An evaluation from beginning to end: draw, embed, search, measure, write.
+
+Letters in shapes: G generations, T training images, H held-out images, P prompts, S timesteps.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iet_sd.config import DataConfig, EvaluateSettings, GenerateSettings
+from iet_sd.data.sources import Source, load_source
+from iet_sd.errors import UserError
+from iet_sd.evaluation import measures, membership, quality
+from iet_sd.evaluation.closeness import Closeness, l2_ratios, unit
+from iet_sd.evaluation.copying import c_t
+from iet_sd.evaluation.embedders import build_embedder, check_embedder
+from iet_sd.evaluation.generate import Generations, generate
+from iet_sd.evaluation.images import TableImages
+from iet_sd.evaluation.measures import Measure, Resampling, measure
+from iet_sd.evaluation.pipelines import Model, check_pipeline
+from iet_sd.evaluation.prompts import caption_of, choose, request_for
+from iet_sd.evaluation.report import write_report
+from iet_sd.evaluation.rows import image_rows, pair_rows
+from iet_sd.evaluation.sets import Features, Images, Process, Subset
+from iet_sd.evaluation.verdict import in_words
+
+RAW = "raw_pixels"
+_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
+
+
+def check(settings: GenerateSettings | EvaluateSettings) -> None:
+    """`UserError` for what can be known to fail before data or weights are loaded."""
+    check_pipeline(settings.pipeline)
+    if isinstance(settings, GenerateSettings):
+        return
+    config, data = settings.evaluation, settings.data
+    for spec in _specs(settings):
+        check_embedder(spec, config.preprocessing, data.cache_dir)
+    if not (data.heldout_split or data.heldout_data_dir or config.without_heldout):
+        raise UserError(
+            "Similarity means little without held-out images to compare with. Give them with "
+            "--heldout_split (of the same data set) or --heldout_data_dir; or leave out all that "
+            "needs them with --without_heldout."
+        )
+
+
+def draw(
+    settings: GenerateSettings | EvaluateSettings,
+    model: Model,
+    source: Source | None,
+    cache_dir: Path,
+    process: Process,
+) -> tuple[Generations, np.ndarray]:
+    """The images, and for each the training sample of its prompt, -1 for none: (G,).
+
+    Only what is missing in ``cache_dir`` is drawn. All processes take part.
+    """
+    request, own_P = request_for(settings, source, model.dtype)
+    generations = generate(
+        request,
+        model.fingerprint,
+        lambda: model.pipeline,
+        cache_dir,
+        batch_size=settings.generation.generation_batch_size,
+        process_index=process.index,
+        num_processes=process.count,
+        barrier=process.barrier,
+    )
+    return generations, own_P[generations.prompt_G]
+
+
+def evaluate(
+    settings: EvaluateSettings, model: Model, output_dir: Path, command: str, process: Process
+) -> dict[str, Any] | None:
+    """Measure, and write the report into ``output_dir``. All processes take part.
+
+    Returns the report, on the main process.
+    """
+    config, data = settings.evaluation, settings.data
+    sources = {"train": load_source(data)}
+    if not config.without_heldout:
+        sources["heldout"] = load_source(_heldout(data))
+    cache_dir = Path(config.evaluation_cache_dir or output_dir / "cache")
+    generations, own_G = draw(settings, model, sources["train"], cache_dir, process)
+    tables = {
+        name: TableImages(source, data.resolution, data.image_interpolation_mode)
+        for name, source in sources.items()
+    }
+    images = Images(generations, tables["train"], tables.get("heldout"))
+    features = {
+        spec: Features(
+            build_embedder(spec, config.preprocessing, model.device, data.cache_dir),
+            images,
+            cache_dir,
+            config.embedding_batch_size,
+            process,
+        )
+        for spec in _specs(settings)
+    }
+    if process.index:
+        return None
+
+    near = {spec: Closeness.of(features[spec], own_G) for spec in config.embedders}
+    first = config.embedders[0]
+    ratios = {name: l2_ratios(features[RAW], name) for name in ("generated", *list(sources)[1:])}
+    losses = _losses(settings, model, tables, sources) if "heldout" in sources else {}
+    groups = sources["heldout"].groups if "heldout" in sources else ()
+    by = Resampling(
+        generations.prompt_G,
+        np.unique(groups, return_inverse=True)[1],
+        config.bootstrap_resamples,
+        config.confidence_level,
+        settings.generation.seed,
+    )
+    found: list[Measure] = []
+    for spec in config.embedders:
+        found += _of(features[spec], _similarity(near[spec], own_G, config.thresholds, by))
+    found += _of(features[first], _whole(features[first], near[first], by))
+    found += _of(features[RAW], measures.distances(ratios, by))
+    if losses:
+        found += measures.losses(*(losses[name][1] for name in ("train", "heldout")), by)
+    found += _quality(settings, features, generations, by)
+    found = _headlines(found, features[first].embedder.name)
+
+    report = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": settings.as_dict(),
+        "seed": settings.generation.seed,
+        "versions": {name: version(name) for name in _PACKAGES},
+        "model": {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+        },
+        "data": {
+            "train": _described(tables["train"], data),
+            "heldout": _described(tables["heldout"], _heldout(data)) if images.heldout else None,
+            "prompts": len(generations.request.prompts),
+            "images_per_prompt": generations.request.images_per_prompt,
+        },
+        "embedders": {f.embedder.name: f.embedder.preprocessing for f in features.values()},
+        # For compare: where the features of the quality measures lie.
+        "quality_features": _quality_files(settings, features, output_dir),
+        "measures": [dataclasses.asdict(m) for m in found],
+        "verdict": in_words(found),
+        "histograms": [near[spec].histogram(features[spec].embedder.name) for spec in near],
+    }
+    pairs = pair_rows(
+        generations, sources["train"], by.seed, near[first], ratios["generated"].ratio_Q
+    )
+    rows = []
+    for name, source in sources.items():
+        ratio = ratios[name].ratio_Q if name in ratios else None
+        rows += image_rows(name, source, near[first].of_set(name), ratio, losses.get(name))
+    write_report(output_dir, report, pairs, rows, generations, tables["train"], config.pairs_shown)
+    return report
+
+
+def _specs(settings: EvaluateSettings) -> list[str]:
+    """All embedders that the settings need, each once."""
+    config = settings.evaluation
+    specs = [*config.embedders, RAW]
+    if config.quality_embedder != "none" and not config.without_heldout:
+        specs.append(config.quality_embedder)
+    if config.clip_score is not None:
+        specs.append(f"clip={config.clip_score}")
+    return list(dict.fromkeys(specs))
+
+
+def _heldout(data: DataConfig) -> DataConfig:
+    """Where the held-out images are, read as the training images are."""
+    changes: dict[str, Any] = dict.fromkeys(
+        ("heldout_split", "heldout_data_dir", "max_train_samples")
+    )
+    if data.heldout_split:
+        changes["dataset_split"] = data.heldout_split
+    else:
+        changes |= {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
+    return dataclasses.replace(data, **changes)
+
+
+def _of(features: Features, found: Sequence[Measure]) -> list[Measure]:
+    """The same measures, with the name of the embedder."""
+    return [dataclasses.replace(m, embedder=features.embedder.name) for m in found]
+
+
+def _headlines(found: Sequence[Measure], embedder: str) -> list[Measure]:
+    """The same measures, those marked that come first in a report."""
+    of = {"excess_score": embedder, "memorization_score": embedder}
+    names = {"l2_copies", "membership_auc", "heldout_loss", "kid"}
+    return [
+        dataclasses.replace(m, headline=m.name in names or of.get(m.name, "") == m.embedder)
+        for m in found
+    ]
+
+
+def _similarity(
+    near: Closeness, own_G: np.ndarray, thresholds: Sequence[float], by: Resampling
+) -> list[Measure]:
+    return measures.copying(
+        near.generated.value_QK[:, 0],
+        None if (own_G < 0).any() else near.own_G,
+        near.train.value_QK[:, 0],
+        None if near.heldout is None else near.heldout.value_QK[:, 0],
+        thresholds,
+        by,
+    )
+
+
+def _whole(features: Features, near: Closeness, by: Resampling) -> list[Measure]:
+    """What looks at the whole training set: authenticity, and C_T against held-out images."""
+    found = [measures.authenticity(near.authentic(), by)]
+    if "heldout" in features:
+        sets = (unit(features[name]) for name in ("generated", "train", "heldout"))
+        found.append(measure("Copying", "c_t", c_t(*sets, seed=by.seed).z))
+    return found
+
+
+def _losses(
+    settings: EvaluateSettings,
+    model: Model,
+    tables: dict[str, TableImages],
+    sources: dict[str, Source],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Chosen images of both sets, equally many, and their stratified losses (N, S)."""
+    config, seed = settings.evaluation, settings.generation.seed
+    count = min(config.membership_samples, *map(len, tables.values()))
+    if not count:
+        return {}
+    steps = model.pipeline.scheduler.config.num_train_timesteps
+    timesteps = membership.stratified_timesteps(config.membership_timesteps, steps)
+    losses = {}
+    for name, table in tables.items():
+        chosen = choose(len(table), count, seed)
+        loss_NS = membership.stratified_losses(
+            model.pipeline,
+            Subset(table, chosen),
+            [caption_of(sources[name], i, seed) for i in chosen],
+            timesteps,
+            seed,
+            settings.data.resolution,
+            progress=f"Losses, {name}",
+        )
+        losses[name] = chosen, loss_NS
+    return losses
+
+
+def _quality(
+    settings: EvaluateSettings,
+    features: dict[str, Features],
+    generations: Generations,
+    by: Resampling,
+) -> list[Measure]:
+    config, found = settings.evaluation, []
+    of = features.get(config.quality_embedder)
+    if of is not None and "heldout" in of:
+        found += _of(of, measures.fidelity(of["generated"], of["heldout"], by.seed))
+    if config.clip_score is not None:
+        clip = features[f"clip={config.clip_score}"]
+        prompts = clip.embedder.encode_text(generations.request.prompts)
+        score_G = quality.clip_score(clip["generated"], prompts[generations.prompt_G])
+        found += _of(clip, [measures.mean_of("Quality", "clip_score", score_G, by)])
+    return found
+
+
+def _quality_files(
+    settings: EvaluateSettings, features: dict[str, Features], output_dir: Path
+) -> dict[str, str] | None:
+    """Where the features of the quality measures lie, seen from the report."""
+    of = features.get(settings.evaluation.quality_embedder)
+    if of is None or "heldout" not in of:
+        return None
+    return {
+        name: Path(os.path.relpath(of[name].filename, output_dir)).as_posix()
+        for name in ("generated", "heldout")
+    }
+
+
+def _described(images: TableImages, data: DataConfig) -> dict[str, Any]:
+    return {
+        "name": data.dataset_name or data.train_data_dir,
+        "split": data.dataset_split,
+        "count": len(images),
+        "fingerprint": images.fingerprint,
+    }

@@ -1,0 +1,90 @@
+"""Names, texts and assembly of the report's numbers."""
+
+import numpy as np
+import pytest
+
+from iet_sd.evaluation import measures
+from iet_sd.evaluation.measures import Resampling, copying, fidelity, losses, measure
+from iet_sd.evaluation.similarity import summarize
+from iet_sd.evaluation.statistics import Estimate
+
+RNG = np.random.default_rng(0)
+G, H = 120, 80
+BY = Resampling(np.arange(G), np.arange(H), resamples=200)
+
+
+def named(found):
+    return {m.name: m for m in found}
+
+
+def test_excess_is_the_difference_of_the_two_statistics():
+    generated, heldout, train = RNG.random(G), RNG.random(H) * 0.5, RNG.random(300)
+    found = named(copying(generated, None, train, heldout, (0.25, 0.5), BY))
+    g, h = (summarize(value, (0.25, 0.5)) for value in (generated, heldout))
+    assert found["memorization_score"].value == pytest.approx(np.percentile(generated, 95))
+    assert found["excess_score"].value == pytest.approx(g["p95"] - h["p95"])
+    assert found["excess_mean"].value == pytest.approx(generated.mean() - heldout.mean())
+    assert found["excess_share_above_0.25"].value == pytest.approx(
+        (generated > 0.25).mean() - (heldout > 0.25).mean()
+    )
+    assert found["heldout_p95"].value == pytest.approx(np.percentile(heldout, 95))
+    assert found["background_p95"].value == pytest.approx(np.percentile(train, 95))
+    assert "own_similarity" not in found
+    for m in found.values():
+        if m.low is not None:
+            assert m.low <= m.value <= m.high
+
+
+def test_without_heldout_images_there_is_no_excess():
+    found = named(copying(RNG.random(G), RNG.random(G), RNG.random(9), None, (0.5,), BY))
+    assert not [name for name in found if "excess" in name or "heldout" in name]
+    assert "own_similarity" in found
+
+
+def test_losses_tell_members():
+    heldout = RNG.normal(1, 0.1, (200, 4))
+    found = named(losses(heldout[:100] - 0.5, heldout[100:], BY))
+    assert found["membership_auc"].value == 1
+    assert found["membership_tpr"].value == 1
+    assert found["loss_gap"].low > 0.4
+    assert found["heldout_loss"].value == pytest.approx(heldout[100:].mean())
+    assert found["membership_tpr"].warning is None
+    few = named(losses(heldout[:50], heldout[50:100], BY))
+    assert "1 %" in few["membership_tpr"].warning
+
+
+def test_fidelity_names_what_is_shaky():
+    found = named(fidelity(RNG.random((40, 16)), RNG.random((50, 16)), seed=0))
+    assert list(found)[:2] == ["kid", "fid"]
+    assert {"precision", "recall", "density", "coverage", "vendi"} <= set(found)
+    assert found["kid"].low < found["kid"].value < found["kid"].high
+    assert found["fid"].warning
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("share_above_0.5", "share_above"),
+        ("excess_share_above_0.5", "excess_share_above"),
+        ("similarity_p90", "similarity"),
+        ("mq_15", "mq"),
+        ("heldout_p95", "heldout"),
+        ("heldout_loss", "heldout_loss"),
+        ("excess_score", "excess_score"),
+        ("excess_l2_copies", "excess_l2_copies"),
+    ],
+)
+def test_every_name_finds_its_own_text(name, kind):
+    assert measure("Copying", name, 1.0).meaning == measures.TEXTS[kind].meaning
+
+
+def test_an_estimate_brings_its_interval():
+    m = measure("Copying", "share_above_0.5", Estimate(0.2, 0.1, 0.3, 0.9))
+    assert (m.value, m.low, m.high, m.level) == (0.2, 0.1, 0.3, 0.9)
+    assert m.label == "Share above 0.5"
+
+
+def test_texts_are_sentences():
+    for text in measures.TEXTS.values():
+        assert text.meaning.endswith(".")
+        assert len(text.meaning) < 160
