@@ -14,7 +14,7 @@ import pyarrow.parquet
 
 from iet_sd.config.evaluation import ComparisonConfig
 from iet_sd.errors import UserError
-from iet_sd.evaluation.quality import kernel_difference
+from iet_sd.evaluation.kid import kid_difference
 from iet_sd.evaluation.report import SCHEMA_VERSION
 from iet_sd.evaluation.statistics import Estimate, PairedResult, paired_difference
 from iet_sd.files import write_text_atomic
@@ -23,7 +23,7 @@ FILE = "comparison.json"
 # What must be equal for two evaluations to be compared, as paths into report.json.
 _SHARED = (
     ("data", "train", "fingerprint"),
-    ("data", "heldout"),
+    ("data", "heldout", "fingerprint"),
     ("settings", "preprocessing"),
     ("settings", "num_inference_steps"),
     ("settings", "guidance_scale"),
@@ -177,11 +177,9 @@ def _kid(first: Evaluation, second: Evaluation, level: float) -> Estimate | None
     real = first.features("heldout")
     if names[0] != names[1] or real is None or any(f is None for f in features):
         return None
-    prompts = [
-        np.array([e.report["prompt_of"][i] for i in range(len(f))])
-        for e, f in zip((first, second), features, strict=True)
-    ]
-    return kernel_difference(*features, real, prompts[0], level)
+    # Features lie in the order of drawing: all images of a prompt together.
+    prompt_G = np.arange(len(features[0])) // first.report["data"]["images_per_prompt"]
+    return kid_difference(*features, real, prompt_G, level)
 
 
 def _words(
@@ -199,21 +197,27 @@ def _words(
         "l2_copies": "share of l2-ratio copies",
         "heldout_loss": "held-out loss",
     }
-    main = results[key]
-    reduction, change = main.relative_reduction, main.difference
+    reduction = results[key].relative_reduction
     if np.isfinite(reduction.value):
-        found = f"{labels[key]} −{reduction.value:.1%} [{reduction.low:.1%}, {reduction.high:.1%}]"
+        shown = [f"{-x:+.1%}" for x in (reduction.value, reduction.high, reduction.low)]
     else:
-        found = f"{labels[key]} lower by {change.value:.4f} [{change.low:.4f}, {change.high:.4f}]"
-    price = f", KID {kid.value:+.5f} [{kid.low:+.5f}, {kid.high:+.5f}]" if kid is not None else ""
-    lines = [f"{second.name} against {first.name}: {found}{price}, by {first.embedder}."]
+        shown = [f"{x:+.4f}" for x in _change(results[key])]
+    found = f"{labels[key]} {shown[0]} [{shown[1]}, {shown[2]}]"
+    if kid is not None:
+        found += f", KID {kid.value:+.5f} [{kid.low:+.5f}, {kid.high:+.5f}]"
+    lines = [f"{second.name} against {first.name}: {found}, by {first.embedder}."]
     for name, result in results.items():
-        d = result.difference
+        value, low, high = _change(result)
         lines.append(
-            f"  {labels[name]}: lower by {d.value:.4f} [{d.low:.4f}, {d.high:.4f}], "
-            f"p = {result.p_value:.3g}"
+            f"  {labels[name]}: {value:+.4f} [{low:+.4f}, {high:+.4f}], p = {result.p_value:.3g}"
         )
     return "\n".join(lines)
+
+
+def _change(result: PairedResult) -> tuple[float, float, float]:
+    """The second model's number minus the first's, and its interval."""
+    lower_by = result.difference
+    return -lower_by.value, -lower_by.high, -lower_by.low
 
 
 def _at(content: Any, path: tuple[str, ...]) -> Any:

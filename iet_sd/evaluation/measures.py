@@ -11,6 +11,7 @@ import numpy as np
 
 from iet_sd.evaluation import membership, quality
 from iet_sd.evaluation.closeness import Ratios
+from iet_sd.evaluation.kid import kid_interval
 from iet_sd.evaluation.ratio import mq
 from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate, bootstrap, permutation_test
@@ -124,6 +125,11 @@ TEXTS = {
         "KID",
         "lower",
         "Kernel distance of generations and held-out images; unbiased in the number of images.",
+    ),
+    "kid_spread": Text(
+        "KID, spread",
+        None,
+        "Standard deviation over 100 random subsets of up to 1,000 images, as usually given.",
     ),
     "fid": Text("FID", "lower", "Distance of Gaussians fitted to generations and held-out images."),
     "precision": Text("Precision", "higher", "Generations that look like a held-out image."),
@@ -280,18 +286,21 @@ def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list
     return shown
 
 
-def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, seed: int) -> list[Measure]:
+def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, by: Resampling) -> list[Measure]:
     """Quality against held-out images, since copies are near to training images and score well."""
-    mean, spread = quality.kernel_distance(generated_GD, heldout_HD, seed=seed)
-    found = {"kid": mean, "fid": quality.frechet_distance(generated_GD, heldout_HD)}
+    spread = quality.kernel_distance(generated_GD, heldout_HD, seed=by.seed)[1]
+    found = {
+        "kid": kid_interval(generated_GD, heldout_HD, by.prompt_G, by.level),
+        "kid_spread": spread,
+        "fid": quality.frechet_distance(generated_GD, heldout_HD),
+    }
     found |= quality.precision_recall_density_coverage(heldout_HD, generated_GD)
     found["vendi"] = quality.vendi_score(generated_GD)
     warning = quality.small_sample_warning(
         len(generated_GD), len(heldout_HD), generated_GD.shape[1]
     )
     shown = [measure("Quality", name, value) for name, value in found.items()]
-    kid = replace(shown[0], low=mean - 2 * spread, high=mean + 2 * spread)
-    return [kid, *(replace(m, warning=warning) for m in shown[1:])]
+    return [m if m.name == "kid" else replace(m, warning=warning) for m in shown]
 
 
 def mean_of(section: Section, name: str, value_G: np.ndarray, by: Resampling) -> Measure:

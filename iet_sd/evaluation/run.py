@@ -260,7 +260,7 @@ def _quality(
     config, found = settings.evaluation, []
     of = features.get(config.quality_embedder)
     if of is not None and "heldout" in of:
-        found += _of(of, measures.fidelity(of["generated"], of["heldout"], by.seed))
+        found += _of(of, measures.fidelity(of["generated"], of["heldout"], by))
     if config.clip_score is not None:
         clip = features[f"clip={config.clip_score}"]
         prompts = clip.embedder.encode_text(generations.request.prompts)

@@ -54,8 +54,12 @@ def test_losses_tell_members():
 
 
 def test_fidelity_names_what_is_shaky():
-    found = named(fidelity(RNG.random((40, 16)), RNG.random((50, 16)), seed=0))
-    assert list(found)[:2] == ["kid", "fid"]
+    found = named(
+        fidelity(
+            RNG.random((40, 16)), RNG.random((50, 16)), Resampling(np.arange(40), np.arange(50))
+        )
+    )
+    assert list(found)[:3] == ["kid", "kid_spread", "fid"]
     assert {"precision", "recall", "density", "coverage", "vendi"} <= set(found)
     assert found["kid"].low < found["kid"].value < found["kid"].high
     assert found["fid"].warning
