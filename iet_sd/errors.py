@@ -7,13 +7,10 @@ class UserError(ValueError):
     """A mistake of the user's: says what was expected, what came, and what to do."""
 
 
-class Stopped(Exception):
-    """The run was told to stop by a signal; ``saved`` says whether the round so far is kept."""
+class Stopped(BaseException):
+    """The run was told to stop by a signal; no error, so no ``except Exception`` may catch it."""
 
-    def __init__(self, number: int, saved: bool) -> None:
-        kept = (
-            "What was done is saved" if saved else "Steps since the last checkpoint are not saved"
-        )
-        go_on = "go on with --resume_from_checkpoint latest"
-        super().__init__(f"Stopped by {signal.Signals(number).name}. {kept}: {go_on}.")
+    def __init__(self, number: int, kept: str) -> None:
+        """``kept``: a sentence on what of the run is saved, or nothing."""
+        super().__init__(f"Stopped by {signal.Signals(number).name}. {kept}".rstrip())
         self.number = number

@@ -4,6 +4,7 @@
 (``paper``) or with its accidents repaired (``corrected``). There is one implementation.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,3 +45,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shard_split": "seeded",
     },
 }
+
+
+def stand_for(written: Mapping[str, Any], preset: str, method: str) -> dict[str, Any]:
+    """The values that ``preset`` and ``method`` stand for, beside those that are written out."""
+    values = PRESETS[preset] | METHODS[method]
+    if {**values, **written}["taa"]:
+        # A rule of AGC alone: with TAA the authors update only when a batch of kept ones is full.
+        values["empty_batch"] = "skip"
+    return values

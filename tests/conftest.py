@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.pipelines import tiny_pipeline
+from tests.pipelines import RESOLUTION, tiny_pipeline
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +25,30 @@ def images(tmp_path_factory):
         rows.append({"file_name": f"{number:02d}.png", "text": f"a cat or dog {number}"})
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
+
+
+@pytest.fixture
+def argv(pipelines, images, tmp_path):
+    """Flags of a short run; a keyword replaces, adds, or with None takes away a flag."""
+    from accelerate.state import AcceleratorState
+
+    def make(**given):
+        flags = {
+            "pretrained_model_name_or_path": pipelines["sd1"],
+            "train_data_dir": images,
+            "output_dir": tmp_path / "output",
+            "cache_dir": tmp_path / "cache",
+            "resolution": RESOLUTION,
+            "train_batch_size": 4,
+            "num_shards": 2,
+            "num_rounds": 2,
+            "steps_per_round": 2,
+            "seed": 0,
+            "report_to": "none",
+        } | given
+        pairs = [(f"--{k}", v) for k, v in flags.items() if v is not None]
+        return [str(part) for flag, v in pairs for part in ([flag] if v == "" else [flag, v])]
+
+    yield make
+    # Accelerate keeps its settings for the life of a process.
+    AcceleratorState._reset_state(reset_partial_state=True)

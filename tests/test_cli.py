@@ -1,53 +1,16 @@
 """The command line from end to end: what a run leaves behind, and one clear error for a mistake."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from iet_sd.cli.train import train
 from tests.compare import equal
-from tests.pipelines import RESOLUTION
-
-ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def argv(pipelines, images, tmp_path):
-    """Flags of a short run; a keyword replaces, adds, or with None takes away a flag."""
-
-    def make(**given):
-        flags = {
-            "pretrained_model_name_or_path": pipelines["sd1"],
-            "train_data_dir": images,
-            "output_dir": tmp_path / "output",
-            "cache_dir": tmp_path / "cache",
-            "resolution": RESOLUTION,
-            "train_batch_size": 4,
-            "num_shards": 2,
-            "num_rounds": 2,
-            "steps_per_round": 2,
-            "seed": 0,
-            "report_to": "none",
-        } | given
-        pairs = [(f"--{k}", v) for k, v in flags.items() if v is not None]
-        return [str(part) for flag, v in pairs for part in ([flag] if v == "" else [flag, v])]
-
-    return make
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its settings for the life of a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+from tests.launching import Launched
 
 
 def unet(folder):
@@ -60,18 +23,8 @@ def metrics(folder):
 
 def launched(argv, processes):
     """Run by ``accelerate launch`` in several processes; returns exit status and output."""
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--main_process_port", "0"]
-    launch += ["--num_processes", str(processes), "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    # One thread in each, since the number of threads changes the order of sums.
-    done = subprocess.run(
-        [sys.executable, *(launch if processes > 1 else []), str(ROOT / "train_iet_sd.py"), *argv],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done.returncode, done.stdout + done.stderr
+    run = Launched(argv, processes if processes > 1 else 0)
+    return run.wait(), run.output()
 
 
 def test_a_run_leaves_a_pipeline_and_its_records(argv, tmp_path, capsys):
@@ -139,8 +92,12 @@ def test_a_seed_that_was_drawn_goes_on(argv, tmp_path):
 
 @pytest.mark.parametrize(
     "given",
-    [{"num_shards": 2}, {"num_shards": 3, "train_mode": "lora", "lora_aggregation": "product"}],
-    ids=["two shards", "three shards, LoRA"],
+    [
+        {"num_shards": 2, "proxy_optimizer": "average", "outer_momentum": 0.5},
+        {"num_shards": 3, "train_mode": "lora", "lora_aggregation": "product"},
+        {"num_shards": 3, "train_mode": "lora", "proxy_store": "disk"},
+    ],
+    ids=["two shards", "three shards, LoRA", "three shards, LoRA, on disk"],
 )
 def test_two_processes_equal_one(given, argv, tmp_path):
     """Shard k on process k mod 2: the same samples skipped and moved, weights equal to rounding."""

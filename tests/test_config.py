@@ -135,8 +135,20 @@ def test_preset_flag_replaces_single_values_of_the_file(loaded):
 
 
 def test_single_flag_replaces_one_value_of_the_preset_in_the_file(loaded):
-    found = loaded("preset: paper", "--bank_bins", "7")
+    found = loaded("preset: paper", "--bank_bins", "7", "--method", "iet_agc")
     assert {name: found[name] for name in PRESETS["paper"]} == PRESETS["paper"] | {"bank_bins": 7}
+
+
+@pytest.mark.parametrize("flags", [["--preset", "paper"], ["--preset", "paper", "--no-taa"]])
+def test_the_paper_steps_after_an_empty_batch_unless_there_is_taa(loaded, flags):
+    """Whichever of file and flags says what; `--method iet_agc` has no TAA."""
+    without = "--no-taa" in flags
+    assert loaded("", *flags)["empty_batch"] == ("step" if without else "skip")
+    assert loaded("method: iet_agc", *flags)["empty_batch"] == "step"
+    assert loaded("method: iet_agc\ntaa: true", *flags)["empty_batch"] == (
+        "step" if without else "skip"
+    )
+    assert loaded("empty_batch: step\ntaa: false")["empty_batch"] == "step"
 
 
 def test_what_is_written_beside_a_preset_wins(loaded):
@@ -266,6 +278,10 @@ MISTAKES = [
     ({"bank_decay": -0.1}, "--bank_decay must lie in [0, 1)"),
     ({"msr_fraction": 1.0}, "--msr_fraction must lie in [0, 1)"),
     ({"agc": False, "msr": False}, "--taa needs --agc"),
+    ({"empty_batch": "step"}, "--empty_batch step is a rule of AGC without TAA"),
+    ({"outer_learning_rate": 0.0}, "--outer_learning_rate must be above 0"),
+    ({"outer_momentum": 1.0}, "--outer_momentum must lie in [0, 1)"),
+    ({"outer_momentum": -0.1}, "--outer_momentum must lie in [0, 1)"),
     ({"agc": False, "taa": False}, "--msr needs --agc"),
     ({"num_shards": 1}, "--num_shards is 1"),
     ({"method": "none", "num_shards": 2}, "--method none is plain"),
@@ -310,6 +326,7 @@ def test_values_that_cannot_be(given, message):
         {"num_shards": 1, "msr": False},
         {"bank_decay": 0.0, "msr_fraction": 0.0, "taa_magnitude": 30.0, "bank_bins": 1000},
         {"preset": "paper", "method": "iet_agc", "gradient_accumulation_steps": 2},
+        {"empty_batch": "step", "taa": False, "outer_learning_rate": 1.5, "outer_momentum": 0.0},
         {"checkpointing_rounds": 0, "lr_warmup_steps": 0, "agc_threshold": 0.0},
         {"validation_prompts": ("a cat",), "validation_rounds": 1},
     ],

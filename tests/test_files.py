@@ -3,7 +3,7 @@ import os
 import pytest
 
 from iet_sd import files
-from iet_sd.files import atomic_folder, write_text_atomic
+from iet_sd.files import atomic_folder, new_staging, publish, staging_for, write_text_atomic
 
 
 def content(folder):
@@ -85,6 +85,14 @@ def test_leftovers_of_a_killed_run_do_not_reach_the_result(tmp_path):
     write(tmp_path / "result" / ".partial", half="x")
     save(tmp_path / "result", "2")
     assert content(tmp_path) == {"result/unet/weights": "2", "result/index": "2"}
+
+
+def test_several_can_write_between_the_two_halves(tmp_path):
+    target = tmp_path / "result"
+    write(new_staging(target), index="main")
+    write(staging_for(target), other="another process")
+    publish(target)
+    assert content(tmp_path) == {"result/index": "main", "result/other": "another process"}
 
 
 def test_index_comes_after_the_parts_it_names(tmp_path):

@@ -1,140 +1,107 @@
 """kill -9 at random moments: every run that goes on ends as the one that was never stopped.
 
-The short form runs always; the long one, of 50 kills over full and LoRA in one and two processes:
+Two in three are aimed at a checkpoint that is being written. The short form runs always; the
+long one, of 52 kills over full and LoRA in one and two processes:
 
     pytest -m slow tests/test_kill.py
 """
 
-import contextlib
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from iet_sd.engine import checkpoint
 from tests.compare import equal
-from tests.pipelines import RESOLUTION
+from tests.engine.running import timeless
+from tests.launching import Launched, finish
 
-ROOT = Path(__file__).parent.parent
-
-
-def start(argv, processes):
-    """The training script in a process group of its own, one or several processes."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        launcher += [
-            "--master_port",
-            "0",
-            "--rdzv_backend",
-            "c10d",
-            "--rdzv_endpoint",
-            "localhost:0",
-        ]
-    return subprocess.Popen(
-        [*launcher, str(ROOT / "train_iet_sd.py"), *argv],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+SLOW_DISK = Path(__file__).parent / "slow_disk.py"
+# Where a checkpoint is written before it is moved to its place.
+STAGING = {
+    "in the save of a round": ".checkpoint-*.partial",
+    "in a save within a round": "checkpoint-*/process-*/.*.partial",
+}
+# Everything below the running mean is skipped, so that there is something to remember.
+RUN = {
+    "num_rounds": 24,
+    "steps_per_round": 5,
+    "agc_threshold": 1.0,
+    "bank_bins": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 2,
+}
 
 
-def finish(argv, processes):
-    """Run to the end."""
-    run = start(argv, processes)
-    output, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, output
+def saves(output_dir):
+    """What is saved, by name: changes with every save."""
+    return {str(path) for path in output_dir.rglob("state.json")}
 
 
-def began(output_dir, run, since):
-    """Wait until the run is training: it has saved something after the time ``since``, or ended."""
-    while run.poll() is None:
-        for path in output_dir.rglob("state.json"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime > since:
-                    return
-        time.sleep(0.02)
+def kill_somewhere(argv, output_dir, processes, moments, aim):
+    """Start a run and kill it; where it was."""
+    before = saves(output_dir)
+    run = Launched(argv, processes, SLOW_DISK)
+    # It trains: something new is saved.
+    run.until(lambda: saves(output_dir) - before)
+    run.processes()
+    time.sleep(moments.uniform(0, 1))
+    if aim:
+        run.until(lambda: any(output_dir.glob(STAGING[aim])))
+    assert run.alive(), run.output()
+    run.kill()
+    hit = [name for name, pattern in STAGING.items() if any(output_dir.glob(pattern))]
+    return hit[0] if hit else "elsewhere"
 
 
-def result(output_dir):
-    """Weights and metrics, without what depends on the clock."""
-    (weights,) = [
-        *output_dir.glob("unet/*.safetensors"),
-        *output_dir.glob("pytorch_lora_weights.safetensors"),
-    ]
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    timeless = [
-        {k: v for k, v in line.items() if k not in ("seconds", "peak_memory")} for line in lines
-    ]
-    return load_file(weights), timeless
-
-
-def survive(argv, output_dir, processes, kills, seed):
-    """Kill the run at random moments, then let it finish; returns how many kills it was alive."""
-    moments = random.Random(seed)
-    hit = 0
-    for number in range(kills):
+def survive(argv, output_dir, processes, aims, seed):
+    """Kill a run again and again, then let it finish; how many kills were where."""
+    moments, hits = random.Random(seed), Counter()
+    for number, aim in enumerate(aims):
         resume = ["--resume_from_checkpoint", "latest"] if number else []
-        since = time.time()
-        run = start([*argv, *resume], processes)
-        began(output_dir, run, since)
-        time.sleep(moments.uniform(0, 1))
-        hit += run.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.communicate()
+        hits[kill_somewhere([*argv, *resume], output_dir, processes, moments, aim)] += 1
     finish([*argv, "--resume_from_checkpoint", "latest"], processes)
-    return hit
+    return hits
 
 
-@pytest.fixture
-def argv(pipelines, images, tmp_path):
-    def make(name, **given):
-        flags = {
-            "pretrained_model_name_or_path": pipelines["sd1"],
-            "train_data_dir": images,
-            "output_dir": tmp_path / name,
-            "cache_dir": tmp_path / "cache",
-            "resolution": RESOLUTION,
-            "train_batch_size": 4,
-            "num_shards": 2,
-            "num_rounds": 4,
-            "steps_per_round": 30,
-            "checkpointing_steps": 1,
-            "seed": 0,
-            "report_to": "none",
-        } | given
-        return [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
-
-    return make
+def check_equal(one, other):
+    """All that two runs have left, but for what depends on the clock."""
+    assert timeless(one / "metrics.jsonl") == timeless(other / "metrics.jsonl")
+    last = checkpoint.find(one, "latest").folder.name
+    states = [*(one / last).glob("*.safetensors"), *one.glob("unet/*.safetensors")]
+    states += one.glob("*.safetensors")
+    assert len(states) > 4
+    for path in states:
+        there = other / path.relative_to(one)
+        assert equal(load_file(path), load_file(there)), there
+    for path in (one / last).glob("proxy-*.json"):
+        assert path.read_bytes() == (other / last / path.name).read_bytes()
+    assert not list(other.rglob("*partial*"))
 
 
 def test_a_run_that_is_killed_goes_on_exactly(argv, tmp_path):
-    finish(argv("whole"), 1)
-    assert survive(argv("broken"), tmp_path / "broken", 1, kills=2, seed=0) == 2
-    one, other = result(tmp_path / "whole"), result(tmp_path / "broken")
-    assert equal(one[0], other[0])
-    assert one[1] == other[1]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    short = RUN | {"num_rounds": 9}
+    finish(argv(**short, output_dir=whole), processes=0)
+    hits = survive(argv(**short, output_dir=broken), broken, processes=0, aims=STAGING, seed=0)
+    assert all(hits[place] for place in STAGING)
+    check_equal(whole, broken)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [0, 2], ids=["one process", "two processes"])
 @pytest.mark.parametrize("train_mode", ["full", "lora"])
 def test_fifty_kills(train_mode, processes, argv, tmp_path):
     """13 kills for each of the four: 52 in all."""
-    given = {"train_mode": train_mode, "steps_per_round": 100}
-    finish(argv("whole", **given), processes)
-    hit = survive(argv("broken", **given), tmp_path / "broken", processes, kills=13, seed=1)
-    one, other = result(tmp_path / "whole"), result(tmp_path / "broken")
-    assert equal(one[0], other[0])
-    assert one[1] == other[1]
-    print(f"{train_mode}, {processes} processes: {hit} of 13 kills hit a living run")
-    assert hit >= 10
+    given = RUN | {"train_mode": train_mode}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(argv(**given, output_dir=whole), processes)
+    flags = argv(**given, output_dir=broken)
+    aims = [None, *STAGING] * 4 + [None]
+    hits = survive(flags, broken, processes, aims, seed=processes)
+    print(f"{train_mode}, {processes or 1} processes, {len(aims)} kills: {dict(hits)}")
+    assert all(hits[place] >= 4 for place in STAGING)
+    check_equal(whole, broken)

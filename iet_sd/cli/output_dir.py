@@ -62,7 +62,8 @@ def make_way(config: Config) -> None:
         return
     for path in output_dir.iterdir():
         if _WRITTEN.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            is_folder = path.is_dir() and not path.is_symlink()
+            shutil.rmtree(path) if is_folder else path.unlink()
     logs = output_dir / config.training.logging_dir / config.training.tracker_project_name
     if output_dir.resolve() in logs.resolve().parents:
         shutil.rmtree(logs, ignore_errors=True)
@@ -77,7 +78,8 @@ def _check_inputs(output_dir: Path, config: Config) -> None:
         "training data": config.data.train_data_dir or config.data.dataset_name,
     }
     for what, name in inputs.items():
-        if Path(name).expanduser().resolve() == output_dir.resolve():
+        place = Path(name).expanduser()
+        if place.is_dir() and place.resolve() == output_dir.resolve():
             raise UserError(
                 f"--output_dir {output_dir} is the folder of the {what} to start from; give "
                 "another one."

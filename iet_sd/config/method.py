@@ -34,6 +34,13 @@ class MethodConfig:
     """Average the proxies after every so many rounds (and always after the last)."""
     aggregation_weights: Literal["size", "uniform"] = "size"
     """Weight of a proxy: share of the samples its shard holds, or 1/K."""
+    proxy_optimizer: Literal["keep", "average", "reset"] = "keep"
+    """AdamW's moments when proxies are averaged: each keeps its own, they are averaged like the
+    weights, or start again from zero."""
+    outer_learning_rate: float = 1.0
+    """Share of a round's averaged change that is made (DiLoCo, arXiv 2311.08105)."""
+    outer_momentum: float = 0.0
+    """Nesterov momentum of the averaged changes. 0: off."""
     agc: bool = True
     """Skip samples whose loss is below --agc_threshold times the bank's mean (AGC)."""
     agc_threshold: float = 0.8
@@ -45,7 +52,8 @@ class MethodConfig:
     bank_bias: Literal["corrected", "raw"] = "corrected"
     """The running mean starts at 0: divide by its total weight, or leave it too low at first."""
     empty_batch: Literal["skip", "step"] = "skip"
-    """A batch with nothing to train: no update, or an optimizer step with zero gradient."""
+    """A batch with nothing to train: no update, or (AGC without TAA) an optimizer step with zero
+    gradient."""
     taa: bool = True
     """Train samples near the threshold on an augmented image (TAA)."""
     taa_sharpness: float = 5.0
@@ -75,10 +83,10 @@ class MethodConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_shards", "num_rounds", "bank_bins", "aggregate_every", "msr_every")
-        positive(self, "taa_num_ops", "steps_per_round")
+        positive(self, "taa_num_ops", "steps_per_round", "outer_learning_rate")
         not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
         not_negative(self, "msr_min_skips")
-        below_one(self, "bank_decay", "msr_fraction")
+        below_one(self, "bank_decay", "msr_fraction", "outer_momentum")
         if self.taa_magnitude > 30:
             raise UserError(
                 "--taa_magnitude must be at most 30, the end of RandAugment's scale; "
@@ -90,6 +98,11 @@ class MethodConfig:
             raise UserError(
                 "--taa needs --agc: its strength is the distance from AGC's threshold. "
                 "Switch AGC on, or use --no-taa."
+            )
+        if self.taa and self.empty_batch == "step":
+            raise UserError(
+                "--empty_batch step is a rule of AGC without TAA, and TAA is on. "
+                "Use --empty_batch skip, or --no-taa."
             )
         if self.msr and not self.agc:
             raise UserError(

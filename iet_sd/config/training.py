@@ -57,6 +57,11 @@ class TrainingConfig:
     """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares the unweighted."""
     noise_offset: float = 0.0
     """Scale of an offset of the noise, one number per image and channel."""
+    on_nonfinite: Literal["stop", "skip_batch"] = "stop"
+    """A loss or gradient that is NaN or infinite: stop and name it, or leave the batch out."""
+    proxy_store: Literal["memory", "disk"] = "memory"
+    """Where proxies wait for their turn: in memory, or in files under --output_dir, so that memory
+    does not grow with --num_shards."""
     checkpointing_rounds: int = 1
     """Save a checkpoint after every so many rounds (0: none at all)."""
     checkpointing_steps: int = 500

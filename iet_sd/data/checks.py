@@ -1,6 +1,5 @@
 """Checks of the training data before a run: columns, captions, images."""
 
-import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
-from iet_sd.data.images import decode, read_bytes
+from iet_sd.data.images import decode, digest_of, read_bytes
 from iet_sd.errors import UserError
 
 _TEXT_TYPES = ("string", "large_string", "string_view")
@@ -128,7 +127,7 @@ def _look(record: dict[str, Any] | None, name: str, check: bool) -> tuple[str | 
     try:
         if check:
             decode(record, name)
-        return hashlib.blake2b(read_bytes(record), digest_size=16).hexdigest(), None
+        return digest_of(read_bytes(record)), None
     except UserError as error:
         return None, str(error).removeprefix(f"{name}: ")
     except (OSError, ValueError):

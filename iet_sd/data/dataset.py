@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -86,12 +87,13 @@ class TrainingImages(Dataset):
 
         magnitude: of RandAugment with ``num_ops`` operations; None for the plain image. Caption,
         crop and flip are the same either way.
-        Errors: `UserError` for an image that cannot be read.
+        Errors: `UserError` for an image that cannot be read, or is gone or has changed since the
+        source was loaded.
         """
         name = self.source.sample_ids[visit.index]
         row = self.source.dataset[visit.index]
         pixel_values = view(
-            decode(row[self.source.image_column], name),
+            self._picture(row[self.source.image_column], name, self.source.digests[visit.index]),
             resolution=self.config.resolution,
             center_crop=self.config.center_crop,
             random_flip=self.config.random_flip,
@@ -107,6 +109,17 @@ class TrainingImages(Dataset):
             "index": visit.index,
             "seed": visit.seed,
         }
+
+    def _picture(self, record: Any, name: str, digest: str | None) -> Image.Image:
+        try:
+            return decode(record, name, digest)
+        except UserError as error:
+            if digest is None:
+                raise
+            raise UserError(
+                f"{error}. It could be read when this run started. Put it back as it was, then go "
+                "on with --resume_from_checkpoint latest; other images need a new run."
+            ) from error
 
     def _caption(self, cell: Any, name: str, visit: Visit) -> str:
         """One of the sample's captions; an empty one if it has none, which the source allowed."""

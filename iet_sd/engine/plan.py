@@ -1,24 +1,20 @@
-"""What a run will take, from settings and configs alone: shards, updates, memory, time.
+"""What a run will take, from settings and configs alone: shards, updates, memory, disk, time.
 
-The UNet is built without weights (on the meta device), its arithmetic counted and the tensors that
-autograd would keep summed up; the speed of this machine is that of its matrix products.
+Models are counted without weights (`iet_sd.engine.sizes`); the speed of this machine is that of its
+matrix products.
 """
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, UNet2DConditionModel
-from torch.utils.flop_counter import FlopCounterMode
 
 from iet_sd.config import Config
+from iet_sd.engine import sizes
 from iet_sd.errors import UserError
-from iet_sd.models.adapter import make_trainable
-from iet_sd.models.loading import Components
+from iet_sd.models.adapter import lora_pairs, make_trainable
+from iet_sd.models.loading import Components, find_folder, latent_size
 
 # Convolutions and attention of a UNet reach between a half and a fifth of the speed of one large
 # matrix product.
@@ -65,8 +61,18 @@ class Estimate:
     """Bytes of the UNet, its gradients and the moments of one proxy, on the device."""
     activations: int
     """Bytes kept for the backward pass of one batch."""
+    frozen: int
+    """Bytes of VAE and text encoder, on the device."""
+    encoding: int
+    """Bytes at work while the images of a batch are encoded, before its activations are there."""
     host: int
     """Bytes of waiting proxies and of the mean, in the memory of the machine."""
+    store: int
+    """Bytes of waiting proxies on disk."""
+    checkpoint: int
+    """Bytes of the largest checkpoint of a round's end, by all processes."""
+    within_round: int
+    """Bytes that are saved in addition until the next one, at most."""
     flops: float
     """Arithmetic of all UNet passes, without skips and second passes."""
 
@@ -79,108 +85,90 @@ class Estimate:
 
 def estimate(config: Config, steps: int, num_processes: int) -> Estimate:
     """Count a run of ``steps`` steps per round on ``num_processes`` processes."""
-    dtype = weight_dtype(config.training.mixed_precision)
-    unet = _meta_unet(config)
+    method, training = config.method, config.training
+    dtype, batch = weight_dtype(training.mixed_precision), training.train_batch_size
+    folder = find_folder(config.model, config.data.cache_dir, weights=False)
+    unet, vae = sizes.meta_unet(folder), sizes.meta_vae(folder)
     parts = Components(None, None, None, unet, None, "", None)
     parameters = make_trainable(parts, config.model, seed=0)
     trainable = sum(p.numel() for p in parameters.values())
-    frozen = sum(p.numel() for p in unet.parameters()) - trainable
-    size = config.data.resolution // _shrinkage(config)
-    flops, saved = _count(unet, size)
-    method, batch = config.method, config.training.train_batch_size
+    resolution = config.data.resolution
+    size = latent_size(vae, resolution, config.model.pretrained_model_name_or_path)
+    flops, saved = sizes.forward_cost(unet, size)
+    image = torch.empty(1, vae.config.in_channels, resolution, resolution, device="meta")
+    frozen = sizes.parameters_of(vae, sizes.meta_text_encoder(folder))
     waiting = math.ceil(method.num_shards / num_processes)
-    total = steps * method.num_rounds * waiting * config.training.samples_per_update
+    total = steps * method.num_rounds * waiting * training.samples_per_update
+    keeps, averages = (method.proxy_optimizer == name for name in ("keep", "average"))
+    # In units of the trained weights: what a proxy holds while it waits, and what all share.
+    own = 3 if method.aggregate_every > 1 else 2 * keeps
+    shared = 1 + 2 * averages + (method.outer_momentum > 0)
+    on_disk = training.proxy_store == "disk"
+    # Of the others, of the one that leaves or enters, and a mean beside what is shared.
+    host = (0 if on_disk else own * (waiting - 1)) + 3 + shared + 1 + 2 * averages
     return Estimate(
         trainable=trainable,
         # fp32 weights, gradients and two moments of what is trained.
-        model=16 * trainable + dtype.itemsize * frozen,
+        model=16 * trainable + dtype.itemsize * (sizes.parameters_of(unet) - trainable),
         activations=saved * batch * dtype.itemsize // 4,
-        # Weights and two moments of each waiting proxy, the mean and the last average.
-        host=4 * trainable * (3 * (waiting if waiting > 1 else 0) + 2),
+        frozen=dtype.itemsize * frozen,
+        encoding=batch * dtype.itemsize // 4 * sizes.peak_of(lambda: vae.encode(image)),
+        host=4 * trainable * host + _products(config, parameters),
+        store=4 * trainable * own * waiting if on_disk else 0,
+        checkpoint=4 * trainable * (own * method.num_shards + shared),
+        within_round=4 * trainable * 3 * method.num_shards,
         # Forward, and twice that backward; checkpointing goes forward once more.
         flops=(4 if config.model.gradient_checkpointing else 3) * flops * total,
     )
 
 
+def checkpoints_kept(config: Config) -> int:
+    """Checkpoints that are there at the end of a run."""
+    every, limit = config.training.checkpointing_rounds, config.training.checkpoints_total_limit
+    written = math.ceil(config.method.num_rounds / every) if every else 0
+    return min(limit or written, written)
+
+
+def _products(config: Config, parameters: dict[str, torch.nn.Parameter]) -> int:
+    """Bytes of what `AdapterMean` keeps of the products BA."""
+    found = 0
+    for a, b in lora_pairs(parameters):
+        A, B = parameters[a].flatten(1), parameters[b].flatten(1)
+        factors = config.method.num_shards * (A.numel() + B.numel())
+        found += 4 * min(factors, A.shape[1] * B.shape[0])
+    return found
+
+
 def describe(
-    config: Config, sizes: list[int], steps: int, found: Estimate, device: torch.device
+    config: Config, shards: list[int], steps: int, found: Estimate, device: torch.device
 ) -> str:
     """The plan of a run, for people."""
     method, training = config.method, config.training
     updates = steps * method.num_rounds
     unit = "updates" if method.step_unit == "update" else "batches scored"
+    on_device = found.model + found.frozen + max(found.activations, found.encoding)
+    kept = checkpoints_kept(config)
+    # While one is written, the one that it replaces is still there.
+    saved = (kept + 1) * found.checkpoint + found.within_round if kept else 0
     fast, slow = found.seconds(device, weight_dtype(training.mixed_precision))
     lines = [f"{name}: {value}" for name, value in config.as_dict().items()]
     return "\n".join(
         [
             *lines,
             "",
-            f"samples:   {sum(sizes)} in {len(sizes)} shards of {', '.join(map(str, sizes))}",
+            f"samples:   {sum(shards)} in {len(shards)} shards of {', '.join(map(str, shards))}",
             f"length:    {method.num_rounds} rounds of {steps} {unit} per shard: {updates} for "
-            f"each proxy, {updates * len(sizes)} together",
+            f"each proxy, {updates * len(shards)} together",
             f"trainable: {found.trainable / 1e6:.2f} M parameters",
-            f"memory:    about {_gib(found.model + found.activations)} on {device.type} for the "
-            f"UNet (weights, gradients, moments {_gib(found.model)}; activations at most "
-            f"{_gib(found.activations)}), {_gib(found.host)} of main memory for waiting proxies",
+            f"memory:    about {_gib(on_device)} on {device.type} (UNet with gradients and moments "
+            f"{_gib(found.model)}, its activations at most {_gib(found.activations)}; VAE and text "
+            f"encoder {_gib(found.frozen)}, encoding a batch {_gib(found.encoding)}), "
+            f"{_gib(found.host)} of main memory for waiting proxies and their mean",
+            f"disk:      {_gib(saved)} for {kept} checkpoints of at most {_gib(found.checkpoint)}, "
+            f"one being written and steps within a round; {_gib(found.store)} for waiting proxies",
             f"time:      UNet {_duration(fast)} to {_duration(slow)} on this {device.type}",
         ]
     )
-
-
-def _meta_unet(config: Config) -> UNet2DConditionModel:
-    """The UNet's architecture without weights."""
-    settings = _part_config(UNet2DConditionModel, "unet", config)
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(settings).requires_grad_(False)
-
-
-def _shrinkage(config: Config) -> int:
-    """Pixels per latent along an edge."""
-    settings = _part_config(AutoencoderKL, "vae", config)
-    return 2 ** (len(settings["block_out_channels"]) - 1)
-
-
-def _part_config(cls: type[ConfigMixin], part: str, config: Config) -> dict[str, Any]:
-    """The config file of a part of the pipeline, from its folder or the Hub.
-
-    Errors: `UserError` if it cannot be had.
-    """
-    name = config.model.pretrained_model_name_or_path
-    folder = Path(name).expanduser()
-    try:
-        return cls.load_config(
-            folder if folder.is_dir() else name,
-            subfolder=part,
-            revision=config.model.revision,
-            cache_dir=config.data.cache_dir,
-        )
-    except OSError as error:
-        raise UserError(
-            f"{name}: the config of its {part} cannot be read ({str(error).splitlines()[0]}). "
-            "Check the name and the connection, or give the path of a pipeline folder."
-        ) from error
-
-
-def _count(unet: UNet2DConditionModel, size: int) -> tuple[int, int]:
-    """Arithmetic (FLOP) of one sample's forward pass, and bytes of fp32 kept for the backward."""
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    alive: list[torch.Tensor] = []  # so that no storage's address is used again
-    text = torch.empty(1, 77, unet.config.cross_attention_dim, device="meta")
-    latents = torch.empty(1, unet.config.in_channels, size, size, device="meta")
-    unchanged: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor  # noqa: E731
-    hooks = torch.autograd.graph.saved_tensors_hooks(note, unchanged)
-    with FlopCounterMode(display=False) as counter, hooks:
-        unet(latents, torch.zeros(1, device="meta"), text)
-    return counter.get_total_flops(), sum(kept.values())
 
 
 def _matrix_speed(device: torch.device, dtype: torch.dtype) -> float:

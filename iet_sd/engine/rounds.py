@@ -5,9 +5,12 @@ processes (shard k to process k mod P) and take turns on a process. Collectives 
 end of a round, so processes may take different numbers of steps within one.
 """
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,93 +20,26 @@ from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages, loader
 from iet_sd.data.shards import visits
 from iet_sd.engine import collectives
-from iet_sd.engine.proxy import Proxy, Weights, copy_into, live_weights
+from iet_sd.engine.proxy import MOMENTS, WEIGHTS, Proxy, copy_into, live_weights, part
+from iet_sd.engine.state import Event, Progress, RoundDone, ShardDone, State, StepDone
 from iet_sd.engine.step import Counts, Objective, accumulate_gradient
-from iet_sd.method.aggregate import StreamingMean, StreamingProduct, shard_weights
+from iet_sd.engine.store import Store, Tensors
+from iet_sd.engine.usage import peak_memory
+from iet_sd.errors import UserError
+from iet_sd.method.aggregate import (
+    AdapterMean,
+    MomentMean,
+    StreamingMean,
+    outer_step,
+    shard_weights,
+)
 from iet_sd.method.msr import redistribute
 from iet_sd.seeding import seed_for
 
+logger = logging.getLogger(__name__)
 # A shard whose every batch is skipped makes no updates: its round ends after this many times the
 # batches that the round should take.
 MAX_STEPS_PER_UPDATE = 10
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """A proxy has done one step."""
-
-    round: int
-    shard: int
-    progress: int
-    """Of ``steps_per_round``, in the unit of ``step_unit``."""
-    loss: float
-    learning_rate: float
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """A proxy has done its round."""
-
-    round: int
-    shard: int
-    size: int
-    counts: Counts
-    learning_rate: float
-    seconds: float
-    peak_memory: int
-    """Bytes: allocated on the GPU in this round, or resident in this process so far."""
-
-
-@dataclass(frozen=True)
-class RoundDone:
-    """All proxies have done their round, on all processes; known to every process."""
-
-    round: int
-    shards: list[ShardDone]
-    aggregated: bool
-    moved_K: list[int]
-    """Samples that left each shard."""
-    lora_gap: float | None
-    """Largest relative difference of mean(BA) from mean(B) mean(A) over the adapters."""
-    seconds: float
-
-
-Event = StepDone | ShardDone | RoundDone
-
-
-@dataclass
-class Progress:
-    """What this process has done of the round under way."""
-
-    mean: StreamingMean | StreamingProduct
-    """Of the proxies that are done, if the round ends with an average."""
-    new_skips_N: Tensor
-    """int64: skips in this round by this process's shards."""
-    done: list[ShardDone] = field(default_factory=list)
-    shard: int | None = None
-    """The shard whose proxy is in the live parameters."""
-    counts: Counts = field(default_factory=Counts)
-    """Of that shard."""
-    seconds: float = 0.0
-    """Spent on that shard before training was last started."""
-
-
-@dataclass
-class State:
-    """All that training changes, listed once; what is not here is derived."""
-
-    round: int
-    """Rounds done."""
-    weights: Weights
-    """Trainable weights after the last aggregation, on the CPU."""
-    shard_of_N: Tensor
-    """int64: the shard of each sample, -1 for none."""
-    skips_N: Tensor
-    """int64: skips of each sample since the last redistribution, up to the last round's end."""
-    proxies: dict[int, Proxy] = field(default_factory=dict)
-    """The proxies of this process, by shard."""
-    progress: Progress | None = None
-    """None between rounds."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +57,17 @@ class Trainer:
     process_index: int = 0
     num_processes: int = 1
 
-    def start(self, shard_of_N: Tensor) -> State:
-        """The state before the first round."""
+    def start(self, shard_of_N: Tensor, store: Store | None = None) -> State:
+        """The state before the first round; proxies wait in ``store``, by default in memory."""
         method, training = self.config.method, self.config.training
         rate = training.learning_rate
         if training.scale_lr:
             rate *= training.samples_per_update
+        store = {} if store is None else store
         proxies = {
             shard: Proxy(
+                shard,
+                store,
                 self.parameters,
                 training,
                 rate,
@@ -139,7 +78,7 @@ class Trainer:
             for shard in range(self.process_index, method.num_shards, self.num_processes)
         }
         weights = live_weights(self.parameters)
-        return State(0, weights, shard_of_N, torch.zeros_like(shard_of_N), proxies)
+        return State(0, weights, {}, {}, shard_of_N, torch.zeros_like(shard_of_N), proxies)
 
     def run(self, state: State) -> Iterator[Event]:
         """Train from ``state`` to the last round; the live model then has the final weights."""
@@ -150,22 +89,17 @@ class Trainer:
     def run_round(self, state: State) -> Iterator[Event]:
         """One round of every proxy, then the boundary. All processes take part.
 
-        Goes on where ``state.progress`` is, which is current at every `StepDone`.
+        Goes on where ``state.progress`` is, which is current at every `StepDone` and `ShardDone`.
         """
-        method, began = self.config.method, time.perf_counter()
-        round = state.round + 1
-        aggregates = round % method.aggregate_every == 0 or round == method.num_rounds
-        sizes = [int((state.shard_of_N == shard).sum()) for shard in range(method.num_shards)]
-        share_K = shard_weights(sizes, method.aggregation_weights)
+        method, round = self.config.method, state.round + 1
         progress = state.progress = state.progress or self.no_progress(state)
         finished = {event.shard for event in progress.done}
         for shard in [k for k in state.proxies if k not in finished]:
-            yield from self.train_shard(state, shard, share_K[shard] if aggregates else None)
+            yield from self.train_shard(state, shard)
 
         # All processes from here to the end of the round: sums over processes.
-        gap = None
-        if aggregates:
-            state.weights, gap = self._aggregate(progress.mean)
+        began = time.perf_counter()
+        gap = self._aggregate(state, progress.means)
         collectives.sum_in_place([progress.new_skips_N], self.num_processes)
         state.skips_N += progress.new_skips_N
         shards = collectives.gather(progress.done, self.num_processes)
@@ -185,18 +119,18 @@ class Trainer:
         state.round, state.progress = round, None
         copy_into(self.parameters, state.weights)
         shards.sort(key=lambda event: event.shard)
-        seconds = time.perf_counter() - began
-        yield RoundDone(round, shards, aggregates, moved_K, gap, seconds)
+        trained = sum(event.seconds for event in progress.done)
+        seconds = trained + time.perf_counter() - began
+        done = RoundDone(round, shards, bool(progress.means), moved_K, gap, seconds)
+        state.history.append(done)
+        yield done
 
     def no_progress(self, state: State) -> Progress:
         """The progress at the beginning of a round."""
-        mean = StreamingProduct(self.lora_pairs) if self.lora_pairs else StreamingMean()
-        return Progress(mean, torch.zeros_like(state.skips_N))
+        return Progress(self._means(state), torch.zeros_like(state.skips_N))
 
-    def train_shard(
-        self, state: State, shard: int, share: float | None
-    ) -> Iterator[StepDone | ShardDone]:
-        """One round of one proxy on its shard; its weights join the mean with ``share``, if any."""
+    def train_shard(self, state: State, shard: int) -> Iterator[StepDone | ShardDone]:
+        """One round of one proxy on its shard; at its `ShardDone` the proxy is still live."""
         training, method, progress = self.config.training, self.config.method, state.progress
         if progress.shard is None:
             progress.shard, progress.counts, progress.seconds = shard, Counts(), 0.0
@@ -204,7 +138,7 @@ class Trainer:
         proxy, began = state.proxies[shard], time.perf_counter() - progress.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        proxy.enter(state.weights)
+        proxy.enter(state.weights, state.moments)
         members = (state.shard_of_N == shard).nonzero().flatten().tolist()
         batches = loader(
             self.dataset,
@@ -215,65 +149,126 @@ class Trainer:
             training.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if method.agc else 1)
-        while self.progress(total) < self.steps_per_round and total.steps < limit:
+        may_leave_out = method.agc or training.on_nonfinite == "skip_batch"
+        limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if may_leave_out else 1)
+        while self.steps_done(total) < self.steps_per_round and total.steps < limit:
             # The one use of a global generator is dropout inside the model.
             torch.manual_seed(seed_for(self.seed, "dropout", round, shard, total.steps))
-            counts = self._step(proxy, batches, progress.new_skips_N)
+            step = total.steps + 1
+            on_nonfinite = partial(self._on_nonfinite, f"{round}, shard {shard}, step {step}")
+            counts = self._step(proxy, batches, progress.new_skips_N, on_nonfinite)
             total += counts
             progress.seconds = time.perf_counter() - began
-            loss = counts.loss_sum / counts.scored
-            yield StepDone(round, shard, self.progress(total), loss, proxy.learning_rate)
+            loss = counts.loss_sum / counts.scored if counts.scored else math.nan
+            yield StepDone(round, shard, self.steps_done(total), loss, proxy.learning_rate)
         batches.close()
-        weights = proxy.leave()
-        if share is not None:
-            progress.mean.add(weights, share)
-            proxy.weights = None
-        progress.shard = None
-        peak = collectives.peak_memory(self.device)
-        seconds = time.perf_counter() - began
+        peak, seconds = peak_memory(self.device), time.perf_counter() - began
         done = ShardDone(round, shard, len(members), total, proxy.learning_rate, seconds, peak)
-        progress.done.append(done)
         yield done
+        self.take_in(state, done, proxy.leave())
 
-    def progress(self, counts: Counts) -> int:
+    def take_in(self, state: State, done: ShardDone, tensors: Tensors) -> None:
+        """Count a shard as done: what its proxy holds joins the means, or waits for the next round.
+
+        Also when the round goes on from what was saved at the shard's end.
+        """
+        progress, proxy = state.progress, state.proxies[done.shard]
+        for prefix, mean in progress.means.items():
+            mean.add(done.shard, part(tensors, prefix))
+        if progress.means:
+            kept = MOMENTS if self.config.method.proxy_optimizer == "keep" else ()
+            tensors = {name: t for name, t in tensors.items() if name.startswith(kept)}
+        proxy.keep(tensors)
+        progress.done.append(done)
+        progress.shard = None
+
+    def steps_done(self, counts: Counts) -> int:
         """How much of ``steps_per_round`` is done."""
         return counts.updates if self.config.method.step_unit == "update" else counts.steps
 
     def _step(
-        self, proxy: Proxy, batches: Iterator[dict[str, Tensor]], new_skips_N: Tensor
+        self,
+        proxy: Proxy,
+        batches: Iterator[dict[str, Tensor]],
+        new_skips_N: Tensor,
+        on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
     ) -> Counts:
         """Score ``gradient_accumulation_steps`` batches and do one update, if any is due."""
         method, per_update = self.config.method, self.config.training.samples_per_update
-        counts = Counts()
+        counts, trained = Counts(), []
         for _ in range(self.config.training.gradient_accumulation_steps):
-            part, skipped = accumulate_gradient(
+            done = accumulate_gradient(
                 self.objective,
                 next(batches),
                 proxy.memory,
                 method,
                 self.dataset,
                 lambda loss: proxy.backward(loss / per_update),
+                on_nonfinite,
             )
-            counts += part
-            new_skips_N.index_add_(0, skipped, torch.ones_like(skipped))
+            counts += done.counts
+            trained += done.trained
+            new_skips_N.index_add_(0, done.skipped, torch.ones_like(done.skipped))
         counts.steps = 1
-        if counts.trained:
-            # The mean over what is trained, of all batches of the update together.
-            counts.updates = int(proxy.update(per_update / counts.trained))
-        elif method.empty_batch == "step" and not method.taa:
+        # The mean over what is trained, of all batches of the update together.
+        if trained and proxy.clip_gradient(per_update / len(trained)):
+            counts.updates = int(proxy.update())
+        elif trained:
+            on_nonfinite("gradient", trained)
+            proxy.drop_gradient()
+            counts.nonfinite += 1
+            counts.trained, counts.augmented, counts.strength_sum = 0, 0, 0.0
+        elif method.empty_batch == "step" and not counts.nonfinite:
             proxy.update_with_zero_gradient()
             counts.updates = 1
         return counts
 
-    def _aggregate(self, mean: StreamingMean | StreamingProduct) -> tuple[Weights, float | None]:
-        """The averaged weights, summed over processes. All processes take part."""
-        for total in mean.totals():
-            collectives.sum_in_place(total.values(), self.num_processes)
-        if isinstance(mean, StreamingMean):
-            return mean.result(), None
-        if self.config.model.lora_aggregation == "product":
-            weights, gaps = mean.result()
-        else:
-            weights, gaps = mean.totals()[0], mean.gaps()
-        return weights, max(gaps.values())
+    def _on_nonfinite(self, where: str, what: str, samples: list[tuple[int, int]]) -> None:
+        """Name a loss or gradient that is not finite; returns if what it is of is left out."""
+        names = ", ".join(f"{self.dataset.source.sample_ids[i]} (t={t})" for i, t in samples)
+        found = f"The {what} is not finite in round {where}, samples {names}."
+        if self.config.training.on_nonfinite == "stop":
+            raise UserError(
+                f"{found} Look at these images, lower --learning_rate, or train without "
+                "--mixed_precision fp16. Checkpoints written before are whole: "
+                "--resume_from_checkpoint latest --on_nonfinite skip_batch goes on from there and "
+                "leaves such batches out."
+            )
+        logger.warning("%s They are left out.", found)
+
+    def _means(self, state: State) -> dict[str, StreamingMean]:
+        """Means of what the end of the round under way averages, with nothing in them yet."""
+        method, training, round = self.config.method, self.config.training, state.round + 1
+        if round % method.aggregate_every and round != method.num_rounds:
+            return {}
+        sizes = [int((state.shard_of_N == shard).sum()) for shard in range(method.num_shards)]
+        share_K = shard_weights(sizes, method.aggregation_weights)
+        refactor = self.config.model.lora_aggregation == "product"
+        means = {WEIGHTS: AdapterMean(share_K, self.lora_pairs, refactor)}
+        if method.proxy_optimizer == "average":
+            means[MOMENTS] = MomentMean(share_K, (training.adam_beta1, training.adam_beta2))
+        return means
+
+    def _aggregate(self, state: State, means: dict[str, StreamingMean]) -> float | None:
+        """Average over processes, and step from the last average; returns the largest LoRA gap.
+
+        All processes take part.
+        """
+        method = self.config.method
+        for mean in means.values():
+            collectives.sum_in_place(mean.totals.values(), self.num_processes)
+        if WEIGHTS not in means:
+            return None
+        gaps = means[WEIGHTS].gaps()
+        average = means[WEIGHTS].result()
+        outer_step(
+            state.weights,
+            average,
+            state.velocity,
+            method.outer_learning_rate,
+            method.outer_momentum,
+        )
+        state.weights = average
+        if MOMENTS in means:
+            state.moments = means[MOMENTS].result()
+        return max(gaps.values(), default=None)

@@ -18,7 +18,6 @@ from iet_sd import diffusion
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import Visit
-from iet_sd.errors import UserError
 from iet_sd.method import agc, taa
 from iet_sd.models.loading import Components
 
@@ -27,8 +26,8 @@ class Pending(NamedTuple):
     """A kept sample that waits for its augmented pass."""
 
     index: int
-    seed: int
     timestep: int
+    seed: int
     strength: float
 
 
@@ -56,6 +55,8 @@ class Counts:
     """Samples through the UNet, backward."""
     encoded: int = 0
     """Images through the VAE encoder."""
+    nonfinite: int = 0
+    """Batches left out for a loss or gradient that was not finite (``on_nonfinite``)."""
     loss_sum: float = 0.0
     """Sum of the unweighted losses of the scored samples."""
     strength_sum: float = 0.0
@@ -135,6 +136,16 @@ class Objective:
         )
 
 
+class Outcome(NamedTuple):
+    """What a batch came to."""
+
+    counts: Counts
+    skipped: Tensor
+    """Indices of the skipped samples, int64."""
+    trained: list[tuple[int, int]]
+    """Index and timestep of every sample in the gradient."""
+
+
 class Decision(NamedTuple):
     """What becomes of each sample of a batch; on the CPU."""
 
@@ -191,11 +202,12 @@ def accumulate_gradient(
     method: MethodConfig,
     dataset: TrainingImages,
     backward: Callable[[Tensor], None],
-) -> tuple[Counts, Tensor]:
+    on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
+) -> Outcome:
     """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
-    Returns what was done (``trained`` 0: no gradient was added) and the indices of the skipped
-    samples. ``memory`` is updated. Errors: `UserError` on a loss that is not finite.
+    ``memory`` is updated. A pass with a loss that is not finite is left out, the bank included, if
+    ``on_nonfinite`` returns: it is told "loss", and index and timestep of the samples.
     """
     timesteps_B = objective.draw_timesteps(batch["seed"].tolist(), "score/timestep")
     size = len(timesteps_B)
@@ -204,37 +216,28 @@ def accumulate_gradient(
     with torch.set_grad_enabled(trains_directly):
         loss_B = objective.loss(batch, timesteps_B, "score")
     seen_B = loss_B.detach().cpu()
-    check_finite(seen_B, timesteps_B, batch, dataset)
+    counts = Counts(steps=1, forward=size, encoded=size)
+    samples = list(zip(batch["index"].tolist(), timesteps_B.tolist(), strict=True))
+    # A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
+    if bad := chosen(samples, ~seen_B.isfinite()):
+        on_nonfinite("loss", bad)
+        counts.nonfinite = 1
+        return Outcome(counts, batch["index"][:0], [])
     decision = decide(
         seen_B, timesteps_B, memory.bank, method, objective.components.num_train_timesteps
     )
     memory.bank = decision.bank
     memory.queue += [
-        Pending(
-            int(batch["index"][i]),
-            int(batch["seed"][i]),
-            int(timesteps_B[i]),
-            float(decision.strength_B[i]),
-        )
+        Pending(*samples[i], int(batch["seed"][i]), float(decision.strength_B[i]))
         for i in decision.second_pass_B.nonzero().flatten().tolist()
     ]
-    taken, dropped = take(memory.queue, size, method.taa_leftovers)
+    taken, counts.dropped = take(memory.queue, size, method.taa_leftovers)
     direct_B = decision.keep_B & ~decision.second_pass_B
-    direct = int(direct_B.sum())
-    trained = direct + len(taken)
-    counts = Counts(
-        steps=1,
-        scored=size,
-        skipped=size - int(decision.keep_B.sum()),
-        trained=trained,
-        augmented=len(taken),
-        dropped=dropped,
-        forward=size,
-        encoded=size,
-        loss_sum=float(seen_B.sum()),
-        strength_sum=sum(pending.strength for pending in taken),
-    )
-    if direct:
+    trained = chosen(samples, direct_B)
+    counts.scored = size
+    counts.skipped = size - int(decision.keep_B.sum())
+    counts.loss_sum = float(seen_B.sum())
+    if trained:
         weighted_B = objective.weight(loss_B, timesteps_B)
         backward((weighted_B * direct_B.to(loss_B.device)).sum())
         counts.backward += size
@@ -242,17 +245,29 @@ def accumulate_gradient(
     if taken:
         # After the first graph is freed, so that two passes need the memory of one.
         del loss_B
-        backward(augmented_loss(objective, taken, method, dataset).sum())
+        loss_Q, samples = augmented_loss(objective, taken, method, dataset)
         counts.forward += len(taken)
-        counts.backward += len(taken)
         counts.encoded += len(taken)
-    return counts, batch["index"][~decision.keep_B]
+        if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
+            on_nonfinite("loss", bad)
+            counts.nonfinite = 1
+        else:
+            backward(loss_Q.sum())
+            trained += samples
+            counts.backward += len(taken)
+            counts.augmented = len(taken)
+            counts.strength_sum = sum(pending.strength for pending in taken)
+    counts.trained = len(trained)
+    return Outcome(counts, batch["index"][~decision.keep_B], trained)
 
 
 def augmented_loss(
     objective: Objective, taken: list[Pending], method: MethodConfig, dataset: TrainingImages
-) -> Tensor:
-    """The loss of the samples on augmented images, with new noise: float32 (Q,)."""
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """The loss of the samples on augmented images, with new noise, weighted: float32 (Q,).
+
+    And the index and timestep of each.
+    """
     strength_Q = torch.tensor([pending.strength for pending in taken])
     magnitude_Q = taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength)
     batch = collate(
@@ -266,24 +281,10 @@ def augmented_loss(
     else:
         timesteps_Q = torch.tensor([pending.timestep for pending in taken])
     loss_Q = objective.loss(batch, timesteps_Q, "augmented")
-    check_finite(loss_Q.detach().cpu(), timesteps_Q, batch, dataset)
-    return objective.weight(loss_Q, timesteps_Q)
+    samples = list(zip(batch["index"].tolist(), timesteps_Q.tolist(), strict=True))
+    return objective.weight(loss_Q, timesteps_Q), samples
 
 
-def check_finite(
-    loss_B: Tensor, timesteps_B: Tensor, batch: dict[str, Tensor], dataset: TrainingImages
-) -> None:
-    """Raise `UserError` naming samples and timesteps if a loss is NaN or infinite.
-
-    A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
-    """
-    bad = (~loss_B.isfinite()).nonzero().flatten().tolist()
-    if not bad:
-        return
-    names = [
-        f"{dataset.source.sample_ids[batch['index'][i]]} (t={int(timesteps_B[i])})" for i in bad[:5]
-    ]
-    raise UserError(
-        f"The loss is not finite for {len(bad)} of {len(loss_B)} samples: {', '.join(names)}. "
-        "Lower --learning_rate, look at these images, or train without --mixed_precision fp16."
-    )
+def chosen(samples: list[tuple[int, int]], mask_B: Tensor) -> list[tuple[int, int]]:
+    """The samples at which ``mask_B`` is true."""
+    return [samples[i] for i in mask_B.nonzero().flatten().tolist()]

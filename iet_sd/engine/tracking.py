@@ -5,6 +5,7 @@ Per round: one line a shard (``"kind": "shard"``), then one for the round (``"ki
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,27 +66,35 @@ def round_line(event: RoundDone) -> dict[str, Any]:
     }
 
 
+def round_lines(event: RoundDone) -> list[dict[str, Any]]:
+    """The lines of a round: one a shard, then its own."""
+    shards = [shard_line(shard, event.moved_K[shard.shard]) for shard in event.shards]
+    return [*shards, round_line(event)]
+
+
 class MetricsFile:
     """Appends the lines of a round at once; for the main process only."""
 
-    def __init__(self, path: Path, rounds_done: int) -> None:
-        """Keep the lines of the first ``rounds_done`` rounds, if the file is there."""
+    def __init__(self, path: Path, history: Sequence[RoundDone]) -> None:
+        """Write the lines of the rounds that are done, and of no others."""
         self._path = path
-        text = path.read_text() if path.exists() and rounds_done else ""
-        # A run that was killed while writing leaves a line without an end, of a round not done.
-        whole = text[: text.rfind("\n") + 1].splitlines()
-        self.kept = [line for line in map(json.loads, whole) if line["round"] <= rounds_done]
-        write_text_atomic(path, "".join(json.dumps(line) + "\n" for line in self.kept))
+        self.lines = [line for event in history for line in round_lines(event)]
+        """All that is in the file."""
+        write_text_atomic(path, _text(self.lines))
 
     def add(self, event: RoundDone) -> list[dict[str, Any]]:
         """Write the round's lines, and return them."""
-        lines = [shard_line(shard, event.moved_K[shard.shard]) for shard in event.shards]
-        lines.append(round_line(event))
+        lines = round_lines(event)
         with self._path.open("a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
+            file.write(_text(lines))
             file.flush()
             os.fsync(file.fileno())
+        self.lines += lines
         return lines
+
+
+def _text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def table(lines: list[dict[str, Any]]) -> str:

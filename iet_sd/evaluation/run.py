@@ -86,6 +86,12 @@ def evaluate(
     sources = {"train": load_source(data)}
     if not config.without_heldout:
         sources["heldout"] = load_source(_heldout(data))
+    for name, source in sources.items():
+        if len(source.sample_ids) < 2:
+            raise UserError(
+                f"Evaluation compares images, so it needs at least 2 {name} images; got "
+                f"{len(source.sample_ids)}."
+            )
     cache_dir = Path(config.evaluation_cache_dir or output_dir / "cache")
     generations, own_G = draw(settings, model, sources["train"], cache_dir, process)
     tables = {

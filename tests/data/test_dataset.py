@@ -1,8 +1,12 @@
 import multiprocessing
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from transformers import CLIPTokenizer
 
 from iet_sd.data.dataset import TrainingImages, collate, loader
@@ -146,10 +150,45 @@ def test_workers_give_the_same_batches_and_end(images, start_method):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_image_met_in_training_is_named(images, num_workers):
-    dataset = images(check_images="none")
-    path = dataset.source.dataset[1]["image"]["path"]
-    with open(path, "w") as file:
-        file.write("words")
+    dataset = images(check_images="none", group_column="sample_id")  # so that no file is read
+    Path(dataset.source.dataset[1]["image"]["path"]).write_text("words")
     with pytest.raises(UserError) as error:
         batches(dataset, 2, num_workers)
     assert str(error.value) == "b.png: not an image, or of an unknown format"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("check_images", ["all", "none"])
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (Path.unlink, "no such file"),
+        (lambda path: Image.new("RGB", (20, 16)).save(path), "not the file that it was before"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "not the file that it was before"),
+    ],
+    ids=["gone", "another", "cut"],
+)
+def test_an_image_that_goes_or_changes_in_training_is_named(
+    harm, reason, check_images, images, num_workers
+):
+    dataset = images(check_images=check_images)
+    batches(dataset, 2, num_workers)
+    harm(Path(dataset.source.dataset[1]["image"]["path"]))
+    with pytest.raises(UserError, match=rf"^b\.png: {reason}\. .*Put it back as it was") as error:
+        batches(dataset, 2, num_workers)
+    assert "\n" not in str(error.value)
+
+
+def test_images_in_rows_cannot_change_and_are_not_compared(images, config, tokenizer, tmp_path):
+    """A row is read once at the start; hashing it at every visit would find nothing."""
+    files = [Path(row["image"]["path"]) for row in images().source.dataset]
+    rows = {"image": [{"bytes": path.read_bytes(), "path": None} for path in files]}
+    Dataset.from_dict(rows | {"text": ["a"] * 3}).to_parquet(tmp_path / "data.parquet")
+    settings = config(tmp_path / "data.parquet", resolution=R)
+    source = load_source(settings)
+    assert all(source.digests)
+    other = replace(source, digests=("another",) * 3)
+    assert equal(
+        TrainingImages(source, tokenizer, settings)[Visit(1, 0)],
+        TrainingImages(other, tokenizer, settings)[Visit(1, 0)],
+    )

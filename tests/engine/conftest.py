@@ -42,7 +42,7 @@ def settings(pipelines, images, tmp_path):
 def trainer_for():
     """A `Trainer` and its first `State`, from a `Config`: what the command line builds."""
 
-    def make(config: Config):
+    def make(config: Config, store=None):
         source = load_source(config.data)
         shard_of_N = split(source.groups, config.method.num_shards, 0, config.method.shard_split)
         components = load_components(config.model, torch.float32, None)
@@ -63,7 +63,7 @@ def trainer_for():
             lora_pairs=lora_pairs(parameters),
             device=torch.device("cpu"),
         )
-        return trainer, trainer.start(shard_of_N)
+        return trainer, trainer.start(shard_of_N, store)
 
     return make
 

@@ -1,16 +1,22 @@
 """What a run will take, compared with the run itself."""
 
+import dataclasses
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from iet_sd.engine import plan
+from iet_sd.engine.rounds import ShardDone, Trainer
+from iet_sd.engine.store import open_store
 from iet_sd.errors import UserError
+from iet_sd.models import loading
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import load_components
+from tests.engine.running import run
 from tests.pipelines import RESOLUTION, TEXT_WIDTH
 
 TOKENS = 77  # of Stable Diffusion, for which the estimate is made
@@ -132,15 +138,136 @@ def test_activations_are_about_what_autograd_keeps(settings):
     assert plan.estimate(config, 1, 1).activations == pytest.approx(real, rel=0.1)
 
 
-def test_waiting_proxies_need_main_memory_only_where_they_take_turns(settings):
-    def host(processes):
-        return plan.estimate(settings(num_shards=4), 1, processes).host
+RUN = {"num_shards": 3, "num_rounds": 4, "steps_per_round": 1, "bank_bins": 1}
+STORED = [
+    {},
+    {"aggregate_every": 1},
+    {"aggregate_every": 1, "proxy_optimizer": "reset"},
+    {"proxy_optimizer": "average", "outer_momentum": 0.9},
+    {"train_mode": "lora", "rank": 2, "method": "iet"},
+]
 
-    found = plan.estimate(settings(num_shards=4), 1, 1)
-    model = 4 * found.trainable
-    assert host(1) == (3 * 4 + 2) * model
-    assert host(2) == (3 * 2 + 2) * model
-    assert host(4) == 2 * model
+
+def bytes_of(tensors):
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("given", STORED, ids=str)
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_main_memory_is_what_is_held(given, store, settings, trainer_for, tmp_path):
+    """All tensors of a run at the ends of its rounds' shards, and the proxy that leaves then."""
+    config = settings(**RUN, **given, proxy_store=store)
+    with open_store(store, tmp_path, 0, 1) as waiting:
+        trainer, state = trainer_for(config, waiting)
+        most = 0
+        for event in trainer.run(state):
+            if isinstance(event, ShardDone):
+                held = [*state.weights.values(), *state.moments.values(), *state.velocity.values()]
+                for mean in state.progress.means.values():
+                    held += mean.totals.values()
+                if store == "memory":
+                    held += [t for shard in waiting.values() for t in shard.values()]
+                leaving = state.proxies[event.shard].tensors()
+                most = max(most, bytes_of(held) + bytes_of(leaving.values()))
+    found = plan.estimate(config, 1, 1)
+    assert 0.75 * found.host < most < 1.02 * found.host
+
+
+def test_main_memory_grows_with_the_proxies_of_a_process_unless_they_wait_on_disk(settings):
+    def host(processes, **given):
+        return plan.estimate(settings(num_shards=4, **given), 1, processes).host
+
+    model = 4 * plan.estimate(settings(num_shards=4), 1, 1).trainable
+    assert [host(p) / model for p in (1, 2, 3, 4)] == [3 * 4 + 2, 3 * 2 + 2, 3 * 2 + 2, 3 + 2]
+    assert [host(p, proxy_store="disk") / model for p in (1, 2, 4)] == [3 + 2] * 3
+
+
+@pytest.fixture
+def written(monkeypatch, tmp_path):
+    """Bytes of tensors in the checkpoints, after every event: of a round's end, and within it."""
+    found = []
+
+    def numbers(paths):
+        return sum(t.nbytes for path in paths for t in load_file(path).values())
+
+    def measuring(trainer, state, run=Trainer.run):
+        for event in run(trainer, state):
+            yield event
+            for folder in tmp_path.glob("checkpoint-*"):
+                ends = numbers(folder.glob("*.safetensors"))
+                found.append((ends, numbers(folder.rglob("*.safetensors")) - ends))
+
+    monkeypatch.setattr(Trainer, "run", measuring)
+    return found
+
+
+@pytest.mark.parametrize("given", STORED, ids=str)
+def test_disk_is_what_is_written(given, settings, trainer_for, tmp_path, written):
+    config = settings(**RUN, **given)
+    run(config, tmp_path, trainer_for)
+    ends, within = (max(sizes) for sizes in zip(*written, strict=True))
+    found = plan.estimate(config, 1, 1)
+    # With the bank and what is known of the samples.
+    assert found.checkpoint < ends < 1.15 * found.checkpoint
+    assert found.within_round < within < 1.15 * found.within_round
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, 10),
+        ({"checkpoints_total_limit": 3}, 3),
+        ({"checkpoints_total_limit": 30}, 10),
+        ({"checkpointing_rounds": 4}, 3),
+        ({"checkpointing_rounds": 0}, 0),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_are_kept(given, kept, settings):
+    assert plan.checkpoints_kept(settings(num_rounds=10, **given)) == kept
+
+
+def test_frozen_parts_are_those_of_the_model(settings):
+    for precision, width in (("no", 4), ("bf16", 2)):
+        config = settings(mixed_precision=precision)
+        parts = load_components(config.model, torch.float32, None)
+        numbers = sum(
+            p.numel() for part in (parts.vae, parts.text_encoder) for p in part.parameters()
+        )
+        found = plan.estimate(config, 1, 1)
+        assert found.frozen == width * numbers
+        assert (
+            found.encoding > width * 4 * 2 * 8 * RESOLUTION**2
+        )  # two feature maps of a batch of 4
+
+
+def test_a_model_of_another_kind_is_what_the_model_check_says(
+    pipelines, settings, monkeypatch, tmp_path
+):
+    """Only its configs were fetched from the Hub."""
+    folder = tmp_path / "xl"
+    shutil.copytree(pipelines["sd1"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    index = folder / "model_index.json"
+    index.write_text(
+        index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"')
+    )
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, **_):
+        asked.extend(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline; supported are"):
+        plan.estimate(settings(pretrained_model_name_or_path="some/xl"), 3, 1)
+    assert asked
+    assert not any("safetensors" in pattern for pattern in asked)
+
+
+def test_a_resolution_that_the_vae_cannot_halve_is_refused(settings):
+    with pytest.raises(UserError, match="--resolution must be a multiple of 8"):
+        plan.estimate(settings(resolution=36), 3, 1)
 
 
 def test_weights_are_neither_needed_nor_read(pipelines, settings, tmp_path):
@@ -164,7 +291,7 @@ def test_a_missing_config_is_a_users_mistake(pipelines, settings, tmp_path):
     folder = tmp_path / "no_unet"
     shutil.copytree(pipelines["sd1"], folder)
     (folder / "unet" / "config.json").unlink()
-    with pytest.raises(UserError, match="config of its unet cannot be read"):
+    with pytest.raises(UserError, match=r"there is no unet/config\.json"):
         plan.estimate(settings(pretrained_model_name_or_path=str(folder)), 3, 1)
 
 
@@ -175,6 +302,7 @@ def test_the_plan_adds_up_and_is_told(settings):
     assert "16 in 2 shards of 9, 7" in text
     assert "3 rounds of 5 updates per shard: 15 for each proxy, 30 together" in text
     assert f"{found.trainable / 1e6:.2f} M" in text
+    assert "disk:      0.01 GiB for 3 checkpoints of at most 0.00 GiB" in text
     for name, value in config.as_dict().items():
         assert f"{name}: {value}" in text.splitlines()
     batches = plan.describe(
@@ -185,7 +313,8 @@ def test_the_plan_adds_up_and_is_told(settings):
 
 def test_time_is_a_range_and_in_proportion_to_the_arithmetic(monkeypatch):
     monkeypatch.setattr(plan, "_matrix_speed", lambda device, dtype: 1e9)
-    found = plan.Estimate(trainable=1, model=1, activations=1, host=1, flops=1e10)
+    names = [field.name for field in dataclasses.fields(plan.Estimate)]
+    found = plan.Estimate(**dict.fromkeys(names, 1) | {"flops": 1e10})
     fast, slow = found.seconds(torch.device("cpu"), torch.float32)
     assert (fast, slow) == (pytest.approx(20), pytest.approx(50))
 

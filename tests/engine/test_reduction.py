@@ -14,6 +14,7 @@ from torchvision import transforms
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from iet_sd.data.shards import visits
+from iet_sd.engine.proxy import live_weights
 from iet_sd.engine.rounds import RoundDone, ShardDone
 from iet_sd.seeding import seed_for
 from tests.compare import equal
@@ -30,8 +31,13 @@ def normal(seeds, purpose, shape):
     return torch.stack([torch.randn(shape, generator=g) for g in generators(seeds, purpose)])
 
 
-def plain_diffusers(folder, images, steps, batch_size, members, learning_rate=1e-3, shard=0):
-    """The loop of diffusers' train_text_to_image.py, with draws at the addresses of our visits."""
+def plain_diffusers(
+    folder, images, steps, batch_size, members, learning_rate=1e-3, shard=0, poisoned=None
+):
+    """The loop of diffusers' train_text_to_image.py, with draws at the addresses of our visits.
+
+    Batches that hold the sample ``poisoned`` are left out and are no steps.
+    """
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").requires_grad_(False)
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
@@ -52,6 +58,8 @@ def plain_diffusers(folder, images, steps, batch_size, members, learning_rate=1e
     order = visits(0, 1, shard, members)
     for _ in range(steps):
         batch = [next(order) for _ in range(batch_size)]
+        while poisoned in [visit.index for visit in batch]:
+            batch = [next(order) for _ in range(batch_size)]
         seeds = [visit.seed for visit in batch]
         pictures = [Image.open(images / f"{visit.index:02d}.png") for visit in batch]
         pixel_values = torch.stack([to_pixels(picture) for picture in pictures])
@@ -133,8 +141,8 @@ def test_shards_weigh_by_size(train, trainer_for, settings):
         other, fresh = trainer_for(config)
         fresh.shard_of_N[:] = state.shard_of_N
         fresh.progress = other.no_progress(fresh)
-        list(other.train_shard(fresh, shard, share=None))
-        own.append(fresh.proxies[shard].weights)
+        list(other.train_shard(fresh, shard))
+        own.append(live_weights(other.parameters))
     for name, tensor in state.weights.items():
         assert torch.equal(tensor, own[0][name] * 0.25 + own[1][name] * 0.75), name
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from iet_sd.engine.proxy import MOMENTS, WEIGHTS, live_weights, part
 from iet_sd.engine.rounds import RoundDone, ShardDone, StepDone
 
 
@@ -12,8 +13,8 @@ def own_weights(trainer_for, config, num_shards):
     for shard in range(num_shards):
         trainer, state = trainer_for(config)
         state.progress = trainer.no_progress(state)
-        list(trainer.train_shard(state, shard, share=None))
-        own.append(state.proxies[shard].weights)
+        list(trainer.train_shard(state, shard))
+        own.append(live_weights(trainer.parameters))
     return own
 
 
@@ -69,7 +70,7 @@ def test_the_most_skipped_move_in_odd_rounds_and_none_is_lost(trainer_for, setti
 def test_events_tell_of_every_step(train):
     _, events = train(num_shards=2, num_rounds=2, steps_per_round=3)
     steps = [e for e in events if isinstance(e, StepDone)]
-    assert [(e.round, e.shard, e.progress) for e in steps] == [
+    assert [(e.round, e.shard, e.step) for e in steps] == [
         (r, s, p) for r in (1, 2) for s in (0, 1) for p in (1, 2, 3)
     ]
     for done in (e for e in events if isinstance(e, ShardDone)):
@@ -84,9 +85,10 @@ def test_proxies_keep_their_own_weights_until_they_are_averaged(trainer_for, set
     ends = (event for event in trainer.run(state) if isinstance(event, RoundDone))
     before = {name: tensor.clone() for name, tensor in state.weights.items()}
     next(ends)
-    one, other = (proxy.weights for proxy in state.proxies.values())
+    one, other = (part(proxy.tensors(), WEIGHTS) for proxy in state.proxies.values())
     assert any(not torch.equal(one[name], other[name]) for name in one)
     assert all(torch.equal(before[name], state.weights[name]) for name in before)
     next(ends)
-    assert all(proxy.weights is None for proxy in state.proxies.values())
+    assert not any(part(proxy.tensors(), WEIGHTS) for proxy in state.proxies.values())
+    assert all(part(proxy.tensors(), MOMENTS) for proxy in state.proxies.values())
     assert any(not torch.equal(before[name], state.weights[name]) for name in before)

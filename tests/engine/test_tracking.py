@@ -71,7 +71,7 @@ def test_ratios_of_nothing_are_zero():
 
 def test_lines_of_shards_and_round(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    returned = MetricsFile(path, 0).add(round_done(1))
+    returned = MetricsFile(path, []).add(round_done(1))
     lines = written(path)
     assert lines == returned
     assert [(line["kind"], line.get("shard")) for line in lines] == [
@@ -93,7 +93,7 @@ def test_lines_of_shards_and_round(tmp_path):
 def test_the_round_is_the_sum_of_its_shards_and_ratios_are_of_sums(tmp_path):
     event = round_done(1)
     event.shards[1].counts.skipped = 24  # all of them: the mean of the rates would be 0.625
-    first, second, total = MetricsFile(tmp_path / "metrics.jsonl", 0).add(event)
+    first, second, total = MetricsFile(tmp_path / "metrics.jsonl", []).add(event)
     for key in ("steps", "updates", "scored", "skipped", "trained", "augmented", "dropped"):
         assert total[key] == first[key] + second[key]
     for key in ("forward", "backward", "encoded"):
@@ -108,7 +108,7 @@ def test_lines_of_a_real_run(train, tmp_path):
     # One bin and the mean itself as threshold: about half of the samples are skipped.
     skipping = {"agc_threshold": 1.0, "bank_bins": 1}
     _, events = train(num_shards=2, num_rounds=3, steps_per_round=4, **skipping)
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", [])
     rounds = [event for event in events if isinstance(event, RoundDone)]
     for event in rounds:
         metrics.add(event)
@@ -129,45 +129,35 @@ def test_lines_of_a_real_run(train, tmp_path):
             assert sizes[number + 1, shard]["size"] == line["size"] - line["moved"] + arrived
 
 
-@pytest.mark.parametrize("done", [1, 2, 3])
-def test_going_on_keeps_exactly_the_rounds_done(done, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
-    all_lines = [metrics.add(round_done(number)) for number in (1, 2, 3)]
-    again = MetricsFile(path, done)
-    assert again.kept == written(path) == [line for lines in all_lines[:done] for line in lines]
-    again.add(round_done(done + 1))
-    assert [line["round"] for line in written(path)] == [
-        number for number in range(1, done + 2) for _ in range(3)
-    ]
+LEFT = {
+    "nothing": None,
+    "no lines": "",
+    "half of a line": '{"kind": "shard", "round": 1, "sh',
+    "lines of a round that is done again": '{"kind": "round", "round": 3}\n',
+}
 
 
-def test_a_new_run_starts_an_empty_file(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, 0).add(round_done(1))
-    assert MetricsFile(path, 0).kept == []
-    assert path.read_text() == ""
-
-
-def test_a_line_cut_off_by_a_kill_is_dropped(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    metrics = MetricsFile(path, 0)
-    kept = metrics.add(round_done(1))
-    metrics.add(round_done(2))
-    text = path.read_text()
-    path.write_text(text[: len(text) - 20])
-    assert MetricsFile(path, 1).kept == kept
-
-
-def test_going_on_without_the_file(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 2)
-    assert metrics.kept == []
-    metrics.add(round_done(3))
-    assert {line["round"] for line in written(tmp_path / "metrics.jsonl")} == {3}
+@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("left", LEFT.values(), ids=LEFT)
+def test_going_on_writes_exactly_the_rounds_done(done, left, tmp_path):
+    """Whatever a killed run has left: a file cut off anywhere, lines too many, none."""
+    path, whole = tmp_path / "metrics.jsonl", tmp_path / "whole.jsonl"
+    history = [round_done(number) for number in (1, 2, 3)]
+    metrics = MetricsFile(whole, [])
+    for event in history:
+        metrics.add(event)
+    if left is not None:
+        path.write_text(left)
+    again = MetricsFile(path, history[:done])
+    assert again.lines == written(path) == metrics.lines[: 3 * done]
+    for event in history[done:]:
+        again.add(event)
+    assert path.read_bytes() == whole.read_bytes()
+    assert again.lines == metrics.lines
 
 
 def test_table_has_a_row_a_round(tmp_path):
-    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", [])
     lines = [line for number in (1, 2) for line in metrics.add(round_done(number))]
     head, *rows = table(lines).splitlines()
     assert len(rows) == 2

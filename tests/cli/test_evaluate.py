@@ -1,0 +1,249 @@
+"""``python -m iet_sd`` evaluate, generate and compare, from end to end, on tiny pipelines."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as parquet
+import pytest
+import yaml
+from PIL import Image
+
+from iet_sd.cli.main import main
+from iet_sd.evaluation import generate as generate_module
+from tests.launching import Launched
+from tests.pipelines import RESOLUTION
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory):
+    """A folder of 30 captioned pictures that nothing was trained on."""
+    root = tmp_path_factory.mktemp("heldout")
+    rows = []
+    for number in range(30):
+        pixels = np.random.default_rng(100 + number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        rows.append({"file_name": f"{number:02d}.png", "text": f"a bird {number}"})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def flags(pipelines, images, heldout, tmp_path):
+    """Flags of a small evaluation; a keyword replaces one, or with None takes it away."""
+    from accelerate.state import AcceleratorState
+
+    def make(command="evaluate", **given):
+        values = {
+            "pretrained_model_name_or_path": pipelines["sd1"],
+            "train_data_dir": images,
+            "heldout_data_dir": heldout,
+            "output_dir": tmp_path / "evaluation",
+            "resolution": RESOLUTION,
+            "num_inference_steps": 2,
+            "images_per_prompt": 2,
+        }
+        if command == "evaluate":
+            values |= {
+                "embedders": "pixels",
+                "quality_embedder": "pixels",
+                "membership_samples": 8,
+                "membership_timesteps": 2,
+                "bootstrap_resamples": 100,
+            }
+        pairs = [(f"--{k}", v) for k, v in (values | given).items() if v is not None]
+        return [command, *(str(part) for pair in pairs for part in pair)]
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text("utf-8"))
+
+
+def without_time(folder):
+    return {k: v for k, v in report_of(folder).items() if k not in ("created", "command")}
+
+
+def test_an_evaluation_leaves_a_report(flags, tmp_path, capsys):
+    assert main(flags()) == 0
+    folder = tmp_path / "evaluation"
+    report = report_of(folder)
+    names = {m["name"] for m in report["measures"]}
+    assert {
+        "excess_score",
+        "memorization_score",
+        "own_similarity",
+        "background_p95",
+        "heldout_p95",
+        "l2_copies",
+        "authentic",
+        "c_t",
+        "membership_auc",
+        "loss_gap",
+        "kid",
+        "fid",
+        "vendi",
+    } <= names
+    assert report["verdict"] in capsys.readouterr().out
+    assert report["data"]["train"]["count"] == 16
+    assert report["data"]["heldout"]["count"] == 30
+    pairs = parquet.read_table(folder / "pairs.parquet").to_pylist()
+    assert len(pairs) == 32
+    assert {pair["prompt"] for pair in pairs} == {f"a cat or dog {i}" for i in range(16)}
+    rows = parquet.read_table(folder / "images.parquet").to_pylist()
+    assert [row["set"] for row in rows] == ["train"] * 16 + ["heldout"] * 30
+    assert sum(row["loss"] is not None for row in rows) == 16
+    assert "a cat or dog 3" in (folder / "report.html").read_text("utf-8")
+
+
+def test_a_second_run_draws_nothing_and_says_the_same(flags, tmp_path, monkeypatch):
+    assert main(flags()) == 0
+    first = without_time(tmp_path / "evaluation")
+
+    def draw(*_):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(generate_module, "draw", draw)
+    assert main(flags(generation_batch_size=3)) == 0
+    second = without_time(tmp_path / "evaluation")
+    assert second.pop("settings") | {"generation_batch_size": 8} == first.pop("settings")
+    assert second == first
+    # Another measure does not draw either.
+    assert main(flags(embedders="raw_pixels")) == 0
+
+
+def test_generate_draws_what_evaluate_draws(flags, tmp_path, monkeypatch, capsys):
+    assert main(flags("generate", heldout_data_dir=None)) == 0
+    assert "32 images" in capsys.readouterr().out
+    monkeypatch.setattr(generate_module, "draw", None)
+    assert main(flags()) == 0
+
+
+def test_prompts_of_ones_own_have_no_own_image(flags, tmp_path):
+    assert main(flags(prompts="a cat", images_per_prompt=24)) == 2  # one prompt has no interval
+    argv = flags(images_per_prompt=12)
+    assert main([*argv, "--prompts", "a cat", "a dog", "a <b>bird</b>"]) == 0
+    names = {m["name"] for m in report_of(tmp_path / "evaluation")["measures"]}
+    assert "own_similarity" not in names
+    pairs = parquet.read_table(tmp_path / "evaluation" / "pairs.parquet").to_pylist()
+    assert {pair["own_similarity"] for pair in pairs} == {None}
+
+
+def test_two_processes_equal_one(flags, tmp_path):
+    alone = Launched(flags(output_dir=tmp_path / "one"), 0, ("-m", "iet_sd"))
+    both = Launched(flags(output_dir=tmp_path / "two"), 2, ("-m", "iet_sd"))
+    assert (alone.wait(), both.wait()) == (0, 0), alone.output() + both.output()
+    one, two = without_time(tmp_path / "one"), without_time(tmp_path / "two")
+    assert one.pop("settings") != two.pop("settings")  # the folder
+    for a, b in zip(one.pop("measures"), two.pop("measures"), strict=True):
+        assert a["name"] == b["name"]
+        # Batches mix other images, and pixels may round to the neighbouring level.
+        assert a["value"] == pytest.approx(b["value"], rel=0.02, abs=0.02), a["name"]
+
+
+def test_settings_of_training_need_not_be_repeated(pipelines, images, heldout, flags, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(pipelines["sd1"], model)
+    trained = {
+        "pretrained_model_name_or_path": "some/base",
+        "train_data_dir": str(images),
+        "heldout_data_dir": str(heldout),
+        "resolution": RESOLUTION,
+        "learning_rate": 1e-4,
+    }
+    (model / "training_config.yaml").write_text(yaml.safe_dump(trained))
+    place = dict.fromkeys(("train_data_dir", "heldout_data_dir", "resolution", "output_dir"))
+    assert main(flags(pretrained_model_name_or_path=model, **place)) == 0
+    report = report_of(model / "evaluation")
+    assert report["settings"]["resolution"] == RESOLUTION
+    assert report["data"]["heldout"]["count"] == 30
+
+
+def test_without_heldout_images_only_on_request(flags, tmp_path, capsys):
+    assert main(flags(heldout_data_dir=None)) == 2
+    assert "--without_heldout" in capsys.readouterr().err
+    assert main([*flags(heldout_data_dir=None), "--without_heldout"]) == 0
+    report = report_of(tmp_path / "evaluation")
+    assert report["data"]["heldout"] is None
+    assert not [m["name"] for m in report["measures"] if "excess" in m["name"]]
+    assert "chance" in report["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"train_data_dir": "nowhere"}, "nowhere"),
+        ({"heldout_data_dir": "nowhere"}, "nowhere"),
+        ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"lora_weights": "nowhere"}, "--lora_weights"),
+        ({"embedders": "sscd"}, "sscd"),
+        ({"embedders": "torchscript=nowhere.pt"}, "nowhere.pt"),
+        ({"num_prompts": 0}, "--num_prompts"),
+        ({"quality_embedder": "clip"}, "clip=ID_OR_FOLDER"),
+        ({"confidence_level": 1.5}, "--confidence_level"),
+        ({"max_train_samples": 1}, "least 2"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line(flags, capsys, given, said):
+    assert main(flags(**given)) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(error) == 1
+    assert said in error[0]
+
+
+def test_unknown_commands_and_help(capsys):
+    assert main(["evaluat"]) == 2
+    assert "evaluate" in capsys.readouterr().err
+    assert main([]) == 0
+    assert "compare" in capsys.readouterr().out
+
+
+@pytest.fixture
+def evaluated(flags, pipelines, tmp_path):
+    """Folders of two evaluations: of two models on the same prompts."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, kind in zip(folders, ("sd1", "sd2"), strict=True):
+        model = pipelines[kind]
+        assert main(flags(pretrained_model_name_or_path=model, output_dir=folder)) == 0
+    return [str(folder) for folder in folders]
+
+
+def test_compare_pairs_two_models(evaluated, tmp_path, capsys):
+    capsys.readouterr()
+    output = str(tmp_path / "comparison")
+    resamples = ["--bootstrap_resamples", "200"]
+    assert main(["compare", *evaluated, "--output_dir", output, *resamples]) == 0
+    said = capsys.readouterr().out
+    assert "excess similarity" in said
+    assert "KID" in said
+    content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
+    scores = [
+        next(m["value"] for m in report_of(tmp_path / x)["measures"] if m["name"] == "excess_score")
+        for x in "ab"
+    ]
+    difference = content["results"]["excess_score"]["difference"]
+    assert difference["value"] == pytest.approx(scores[0] - scores[1])
+    assert difference["low"] <= difference["value"] <= difference["high"]
+    assert content["results"]["heldout_loss"]["difference"]["value"] != 0
+    assert content["pairs"] == 32
+    # With itself a model differs in nothing.
+    assert main(["compare", evaluated[0], evaluated[0], *resamples]) == 0
+    assert "+0.0000 [+0.0000, +0.0000]" in capsys.readouterr().out.replace("-0.0", "+0.0")
+
+
+def test_compare_refuses_what_is_not_paired(evaluated, flags, tmp_path, capsys):
+    other = tmp_path / "other"
+    assert main(flags(output_dir=other, guidance_scale=2, seed=1)) == 0
+    capsys.readouterr()
+    assert main(["compare", evaluated[0], str(other)]) == 2
+    said = capsys.readouterr().err
+    assert "guidance_scale" in said
+    assert "seed" in said
+    assert main(["compare", evaluated[0], str(tmp_path)]) == 2
+    assert "not the folder of an evaluation" in capsys.readouterr().err
+    (other / "pairs.parquet").write_bytes(b"no parquet")
+    assert main(["compare", str(other), evaluated[0]]) == 2
+    assert "not the folder of an evaluation" in capsys.readouterr().err

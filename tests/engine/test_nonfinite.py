@@ -1,0 +1,197 @@
+"""A loss or gradient that is NaN or infinite: named, and left out or the end of the run."""
+
+import logging
+import math
+import re
+
+import pytest
+import torch
+
+from iet_sd.config import MethodConfig
+from iet_sd.data.dataset import TrainingImages, collate
+from iet_sd.data.shards import visits
+from iet_sd.engine.rounds import RoundDone, ShardDone, StepDone
+from iet_sd.engine.step import Memory, accumulate_gradient
+from iet_sd.errors import UserError
+from iet_sd.method.agc import empty_bank
+from iet_sd.presets import PRESETS
+from tests.compare import equal
+from tests.engine.test_reduction import PLAIN, plain_diffusers
+
+MODES = [{}, {"train_mode": "lora", "rank": 2}]
+SAMPLE = 5
+
+
+@pytest.fixture
+def poisoned_image(monkeypatch):
+    """Every reading of one sample gives pixels that are no numbers."""
+    example = TrainingImages.example
+
+    def read(self, visit, *args):
+        found = example(self, visit, *args)
+        if visit.index == SAMPLE:
+            found["pixel_values"][0, 0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(TrainingImages, "example", read)
+
+
+def poison_gradients(trainer, value):
+    """Every batch with one sample gives a gradient that is no number, of a loss that is one."""
+    poisoned, loss = [], trainer.objective.loss
+
+    def watch(batch, *args):
+        poisoned[:] = [SAMPLE] if SAMPLE in batch["index"] else []
+        return loss(batch, *args)
+
+    trainer.objective.loss = watch
+    first = next(iter(trainer.parameters.values()))
+    first.register_hook(lambda gradient: gradient * value if poisoned else gradient)
+
+
+def all_finite(state):
+    tensors = [*state.weights.values()]
+    for proxy in state.proxies.values():
+        tensors += [proxy.memory.bank.value_T, *proxy.tensors().values()]
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["full", "lora"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_named(
+    mode, settings, trainer_for, poisoned_image
+):
+    """By sample, timestep, shard, round and step; those of the bad sample alone."""
+    trainer, state = trainer_for(settings(num_shards=2, steps_per_round=5, **mode))
+    shard = int(state.shard_of_N[SAMPLE])
+    steps = []
+    with pytest.raises(UserError) as error:
+        steps.extend(trainer.run(state))
+    found = re.search(
+        r"round 1, shard (\d), step (\d), samples 05.png \(t=(\d+)\)\.", str(error.value)
+    )
+    assert found, error.value
+    assert "The loss is not finite" in str(error.value)
+    assert "--on_nonfinite skip_batch" in str(error.value)
+    mine = [e.step for e in steps if isinstance(e, StepDone) and e.shard == shard]
+    assert (int(found[1]), int(found[2])) == (shard, len(mine) + 1)
+    order = visits(0, 1, shard, (state.shard_of_N == shard).nonzero().flatten().tolist())
+    batch = [next(order) for _ in range(4 * (len(mine) + 1))][-4:]
+    (visit,) = [visit for visit in batch if visit.index == SAMPLE]
+    timestep = trainer.objective.draw_timesteps([visit.seed], "score/timestep")
+    assert int(found[3]) == int(timestep)
+    assert all_finite(state)
+    assert state.round == 0
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["full", "lora"])
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_update(mode, settings, trainer_for):
+    config = settings(method="none", num_rounds=1, steps_per_round=5, **mode)
+    trainer, state = trainer_for(config)
+    poison_gradients(trainer, math.inf)
+    with pytest.raises(UserError, match=r"The gradient is not finite in round 1, .*05.png \(t="):
+        list(trainer.run(state))
+    assert all(p.isfinite().all() for p in trainer.parameters.values())
+    assert all_finite(state)
+
+
+def test_batches_left_out_for_their_loss_are_as_if_they_were_not_there(
+    train, pipelines, images, poisoned_image, caplog
+):
+    """Against plain training that never sees them, bit for bit."""
+    with caplog.at_level(logging.WARNING):
+        weights, events = train(**PLAIN, on_nonfinite="skip_batch")
+    expected = plain_diffusers(pipelines["sd1"], images, 5, 4, range(16), poisoned=SAMPLE)
+    assert equal(weights, expected)
+    (done,) = [event for event in events if isinstance(event, ShardDone)]
+    assert done.counts.updates == 5
+    assert done.counts.nonfinite == done.counts.steps - 5 > 0
+    assert (done.counts.scored, done.counts.trained) == (20, 20)
+    assert caplog.text.count("05.png (t=") == done.counts.nonfinite
+    assert "They are left out" in caplog.text
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    assert sum(map(math.isnan, losses)) == done.counts.nonfinite
+
+
+def test_batches_left_out_for_their_gradient_are_as_if_they_were_not_there(
+    settings, trainer_for, pipelines, images
+):
+    trainer, state = trainer_for(settings(**PLAIN, on_nonfinite="skip_batch"))
+    poison_gradients(trainer, math.nan)
+    done = next(event for event in trainer.run(state) if isinstance(event, ShardDone))
+    expected = plain_diffusers(pipelines["sd1"], images, 5, 4, range(16), poisoned=SAMPLE)
+    assert equal({name: p.detach() for name, p in trainer.parameters.items()}, expected)
+    assert done.counts.nonfinite == done.counts.steps - 5 > 0
+    assert done.counts.trained == 20
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["full", "lora"])
+@pytest.mark.parametrize("preset", ["corrected", "paper"])
+def test_the_whole_method_goes_on_without_them(mode, preset, settings, trainer_for, poisoned_image):
+    given = {"num_shards": 2, "steps_per_round": 4, "preset": preset, "on_nonfinite": "skip_batch"}
+    trainer, state = trainer_for(settings(**mode, **given))
+    rounds = [event for event in trainer.run(state) if isinstance(event, RoundDone)]
+    assert sum(shard.counts.nonfinite for event in rounds for shard in event.shards) > 0
+    assert all_finite(state)
+
+
+def test_a_round_of_nothing_but_bad_batches_ends(settings, trainer_for):
+    trainer, state = trainer_for(settings(**PLAIN, on_nonfinite="skip_batch"))
+    loss = trainer.objective.loss
+    trainer.objective.loss = lambda *args: loss(*args) * math.nan
+    before = {name: tensor.clone() for name, tensor in state.weights.items()}
+    done = next(event for event in trainer.run(state) if isinstance(event, ShardDone))
+    assert (done.counts.updates, done.counts.nonfinite) == (0, 50)
+    assert equal({name: p.detach() for name, p in trainer.parameters.items()}, before)
+
+
+def test_only_the_second_pass_is_left_out_where_only_that_is_bad(settings, trainer_for):
+    """What the first pass found, trains and remembers stays; only the bad samples are named."""
+    trainer, state = trainer_for(settings(num_shards=1, train_batch_size=8, msr=False))
+    order = visits(0, 1, 0, range(16))
+    seen = collate([trainer.dataset[next(order)] for _ in range(8)])
+    method = MethodConfig(**PRESETS["corrected"] | {"bank_bins": 1, "taa_sharpness": 0.1})
+    loss = trainer.objective.loss
+
+    def run(told):
+        memory = Memory(empty_bank(1))
+        for _ in range(2):  # in the first batch there is no mean to be near to
+            done = accumulate_gradient(
+                trainer.objective,
+                seen,
+                memory,
+                method,
+                trainer.dataset,
+                state.proxies[0].backward,
+                lambda what, samples: told.append((what, samples)),
+            )
+        return done, memory
+
+    good, remembered = run([])
+    assert good.counts.augmented > 1
+    index, timestep = good.trained[-1]  # the augmented ones come last
+
+    def poisoned(batch, timesteps, purpose):
+        bad = (batch["index"] == index) & (purpose == "augmented")
+        return loss(batch, timesteps, purpose) * torch.where(bad, math.nan, 1.0)
+
+    trainer.objective.loss, told = poisoned, []
+    done, memory = run(told)
+    assert told == [("loss", [(index, timestep)])]
+    assert (done.counts.nonfinite, done.counts.augmented, done.counts.strength_sum) == (1, 0, 0.0)
+    assert done.counts.trained == good.counts.trained - good.counts.augmented
+    assert done.counts.scored == good.counts.scored
+    assert torch.equal(done.skipped, good.skipped)
+    assert torch.equal(memory.bank.value_T, remembered.bank.value_T)
+    assert memory.queue == remembered.queue == []
+
+
+def test_an_overflow_of_fp16_stays_what_it_is(settings, trainer_for):
+    """The loss scale is lowered and the update left out, whatever --on_nonfinite says."""
+    trainer, state = trainer_for(settings(**PLAIN, mixed_precision="fp16", max_grad_norm=1e9))
+    poison_gradients(trainer, math.inf)
+    scale = state.proxies[0].scaler.get_scale()
+    done = next(event for event in trainer.run(state) if isinstance(event, ShardDone))
+    assert done.counts.nonfinite == 0
+    assert done.counts.updates < done.counts.steps == 5
+    assert state.proxies[0].scaler.get_scale() < scale
+    assert all(p.isfinite().all() for p in trainer.parameters.values())
