@@ -15,7 +15,10 @@ SCRIPT = ROOT / "train_iet_sd.py"
 
 
 class Launched:
-    """``accelerate launch`` of a script, or ("-m", module); with ``processes`` 0, it alone."""
+    """``accelerate launch`` of a script, or ("-m", module); with ``processes`` 0, it alone.
+
+    Alone it keeps to one thread; a lone process that accelerate launches takes all cores.
+    """
 
     def __init__(self, argv, processes=1, script=SCRIPT):
         launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--quiet"]

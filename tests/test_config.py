@@ -11,7 +11,7 @@ import yaml
 
 from iet_sd.arguments import build_parser, field_docs, from_layers, load
 from iet_sd.cli.train import train
-from iet_sd.config import Config
+from iet_sd.config import Config, EvaluateSettings
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS
 
@@ -93,10 +93,12 @@ def run(*arguments):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_config_file(path):
     """It parses, and opens with a comment that holds the command to run it."""
-    load(["--config", str(path)])
+    evaluates = path.stem.endswith("_evaluation")
+    command = "python -m iet_sd evaluate" if evaluates else "train_iet_sd.py"
+    load(["--config", str(path)], EvaluateSettings if evaluates else Config)
     text = path.read_text(encoding="utf-8")
     comment = text[: next(i for i, line in _lines(text) if not line.startswith("#"))]
-    assert f"train_iet_sd.py --config configs/{path.name}" in comment
+    assert f"{command} --config configs/{path.name}" in comment
 
 
 def _lines(text):

@@ -17,6 +17,10 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
 SET_UP = "python3.11 -m venv .venv && . .venv/bin/activate && pip install -r requirements.txt && "
 SHORT = "--num_rounds 2 --max_train_steps 16 --max_train_samples 64 --num_validation_images 1"
+EVALUATED = [
+    *("--num_prompts", "32", "--num_inference_steps", "3", "--max_train_samples", "64"),
+    *("--membership_samples", "16", "--membership_timesteps", "2", "--bootstrap_resamples", "100"),
+]
 # What someone runs who has diffusers and the result, and nothing of ours.
 STRANGER = """
 import importlib.util, json, sys
@@ -40,14 +44,17 @@ def commands():
 
 def test_two_commands_and_ci_runs_the_second():
     main, tests = commands()
-    assert main == SET_UP + "accelerate launch train_iet_sd.py --config configs/demo.yaml"
+    assert main == SET_UP + (
+        "accelerate launch train_iet_sd.py --config configs/demo.yaml && "
+        "python -m iet_sd evaluate --config configs/demo_evaluation.yaml"
+    )
     assert tests == SET_UP + "pytest"
     assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci/run").read_text()
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_the_demo_runs_and_its_result_draws_the_same_where_iet_sd_is_not(lora, tmp_path):
-    command = commands()[0].removeprefix(SET_UP)
+    command, evaluation = commands()[0].removeprefix(SET_UP).split(" && ")
     if lora:
         command = command.replace("demo.yaml", "demo_lora.yaml")
     output = tmp_path / "demo"
@@ -64,6 +71,14 @@ def test_the_demo_runs_and_its_result_draws_the_same_where_iet_sd_is_not(lora, t
     assert "round   loss  skipped" in done.stdout
     rounds = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["updates"] for line in rounds if line["kind"] == "round") == 16
+
+    if not lora:
+        evaluate = [sys.executable, *shlex.split(evaluation)[1:], *EVALUATED]
+        model = ["--pretrained_model_name_or_path", str(output)]
+        subprocess.run([*evaluate, *model], cwd=ROOT, check=True, timeout=300)
+        report = json.loads((output / "evaluation" / "report.json").read_text())
+        assert report["data"]["heldout"]["count"] == 482
+        assert (output / "evaluation" / "report.html").is_file()
 
     folder = str(ROOT / "demo/model") if lora else str(output)
     picture = tmp_path / "picture.png"
