@@ -33,7 +33,7 @@ pipeline = StableDiffusionPipeline.from_pretrained(folder)
 if lora:
     pipeline.load_lora_weights(lora)
 generator = torch.Generator().manual_seed(seed)
-call = dict(height=64, width=64, num_inference_steps=steps, guidance_scale=2.0)
+call = dict(height=64, width=64, num_inference_steps=steps, guidance_scale=4.0)
 pipeline([prompt], generator=[generator], **call).images[0].save(picture)
 """
 

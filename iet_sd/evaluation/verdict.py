@@ -6,27 +6,28 @@ from iet_sd.evaluation.measures import Measure
 
 
 def in_words(measures: Sequence[Measure]) -> str:
-    """One to three sentences: does it memorize, is that sure, and does the loss agree."""
+    """Does it memorize, in the first sentence; how sure that is, and does the loss agree."""
     first = {m.name: m for m in reversed(measures)}
     score = first["memorization_score"]
     if "excess_score" not in first:
         return (
-            f"The memorization score is {score.value:.3f} [{score.low:.3f}, {score.high:.3f}] by "
-            f"{score.embedder}. Without held-out images nothing tells how much of it is chance."
+            "Without held-out images nothing tells copying from chance. The memorization score is "
+            f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], by {score.embedder}."
         )
     excess, baseline = first["excess_score"], first["heldout_p95"].value
     if excess.low > 0:
-        finding = "Generations are more similar to training images than held-out images are"
+        finding = "Generations are closer to the training images than new images are: it copies."
     elif excess.high < 0:
-        finding = "Generations are less similar to training images than held-out images are"
-    else:
         finding = (
-            "Generations are about as similar to training images as held-out images are, so no "
-            "copying beyond chance is seen"
+            "No copying is seen: new images are closer to the training images than generations."
         )
+    else:
+        finding = "No copying beyond chance is seen."
     sentences = [
-        f"{finding}: at the 95th percentile {score.value:.3f} against {baseline:.3f}, an excess of "
-        f"{excess.value:+.3f} [{excess.low:+.3f}, {excess.high:+.3f}], by {score.embedder}."
+        finding,
+        f"At the 95th percentile their similarity to the nearest training image is "
+        f"{score.value:.3f}, that of held-out images {baseline:.3f}: an excess of "
+        f"{excess.value:+.3f} [{excess.low:+.3f}, {excess.high:+.3f}], by {score.embedder}.",
     ]
     if (auc := first.get("membership_auc")) is not None:
         told = "tells" if auc.low > 0.5 else "does not clearly tell"

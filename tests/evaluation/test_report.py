@@ -111,7 +111,7 @@ REPORT = {
         measure(0.4, name="heldout_p95", headline=False),
         measure(31.2, 30, 33, section="Quality", name="fid", headline=False, warning="few"),
     ],
-    "verdict": "The model copies <b>much</b>.",
+    "verdict": "The model copies <b>much</b>. By 0.1 of <i>it</i>.",
     "histograms": [HISTOGRAM],
 }
 
@@ -354,7 +354,8 @@ def expected(rows):
 @pytest.mark.parametrize("javascript", [True, False])
 def test_page_shows_the_verdict_and_no_markup_of_others(open_page, javascript):
     page = open_page(java_script_enabled=javascript)
-    assert page.locator(".verdict").inner_text() == REPORT["verdict"]
+    shown = [page.locator(name).inner_text() for name in (".verdict", ".detail")]
+    assert " ".join(shown) == REPORT["verdict"]
     assert "output/<i>demo" in page.title()
     shown = page.locator("table.measures").first.inner_text()
     assert all(text in shown for text in ("0.610", "0.580 to 0.640", "small sample: <b>12</b>"))
