@@ -19,13 +19,14 @@ def in_words(measures: Sequence[Measure]) -> str:
         finding = "Generations are closer to the training images than new images are: it copies."
     elif excess.high < 0:
         finding = (
-            "No copying is seen: new images are closer to the training images than generations."
+            "No copying is seen: generations are farther from the training images than new "
+            "images are."
         )
     else:
         finding = "No copying beyond chance is seen."
     sentences = [
         finding,
-        f"At the 95th percentile their similarity to the nearest training image is "
+        "At the 95th percentile the similarity of generations to the nearest training image is "
         f"{score.value:.3f}, that of held-out images {baseline:.3f}: an excess of "
         f"{excess.value:+.3f} [{excess.low:+.3f}, {excess.high:+.3f}], by {score.embedder}.",
     ]
