@@ -3,9 +3,9 @@
 Letters in shapes: G generations, T training images, H held-out images, P prompts, S timesteps.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -153,7 +153,7 @@ def evaluate(
         "embedders": {f.embedder.name: f.embedder.preprocessing for f in features.values()},
         # For compare: where the features of the quality measures lie.
         "quality_features": _quality_files(settings, features, output_dir),
-        "measures": [dataclasses.asdict(m) for m in found],
+        "measures": [asdict(m) for m in found],
         "verdict": in_words(found),
         "histograms": [near[spec].histogram(features[spec].embedder.name) for spec in near],
     }
@@ -188,22 +188,19 @@ def _heldout(data: DataConfig) -> DataConfig:
         changes["dataset_split"] = data.heldout_split
     else:
         changes |= {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
-    return dataclasses.replace(data, **changes)
+    return replace(data, **changes)
 
 
 def _of(features: Features, found: Sequence[Measure]) -> list[Measure]:
     """The same measures, with the name of the embedder."""
-    return [dataclasses.replace(m, embedder=features.embedder.name) for m in found]
+    return [replace(m, embedder=features.embedder.name) for m in found]
 
 
 def _headlines(found: Sequence[Measure], embedder: str) -> list[Measure]:
     """The same measures, those marked that come first in a report."""
     of = {"excess_score": embedder, "memorization_score": embedder}
     names = {"l2_copies", "membership_auc", "heldout_loss", "kid"}
-    return [
-        dataclasses.replace(m, headline=m.name in names or of.get(m.name, "") == m.embedder)
-        for m in found
-    ]
+    return [replace(m, headline=m.name in names or of.get(m.name, "") == m.embedder) for m in found]
 
 
 def _similarity(
@@ -224,7 +221,10 @@ def _whole(features: Features, near: Closeness, by: Resampling) -> list[Measure]
     found = [measures.authenticity(near.authentic(), by)]
     if "heldout" in features:
         sets = (unit(features[name]) for name in ("generated", "train", "heldout"))
-        found.append(measure("Copying", "c_t", c_t(*sets, seed=by.seed).z))
+        try:
+            found.append(measure("Copying", "c_t", c_t(*sets, seed=by.seed).z))
+        except UserError as error:  # too few images for this one measure
+            found.append(replace(measure("Copying", "c_t", np.nan), warning=str(error)))
     return found
 
 

@@ -121,6 +121,13 @@ def test_generate_draws_what_evaluate_draws(flags, tmp_path, monkeypatch, capsys
     assert main(flags()) == 0
 
 
+def test_what_needs_more_images_is_left_out_with_a_warning(flags, tmp_path):
+    assert main(flags(num_prompts=6)) == 0
+    (c_t,) = [m for m in report_of(tmp_path / "evaluation")["measures"] if m["name"] == "c_t"]
+    assert c_t["value"] is None
+    assert "more images" in c_t["warning"]
+
+
 def test_prompts_of_ones_own_have_no_own_image(flags, tmp_path):
     assert main(flags(prompts="a cat", images_per_prompt=24)) == 2  # one prompt has no interval
     argv = flags(images_per_prompt=12)
