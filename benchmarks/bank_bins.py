@@ -18,8 +18,8 @@ from iet_sd import arguments
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import visits
 from iet_sd.data.sources import load_source
+from iet_sd.engine.objective import Objective
 from iet_sd.engine.plan import steps_per_round
-from iet_sd.engine.step import Objective
 from iet_sd.method.agc import bin_of
 from iet_sd.models.loading import load_components
 

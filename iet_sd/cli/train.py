@@ -119,8 +119,8 @@ def _run(
     from iet_sd.engine.checkpointer import Checkpointer
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
+    from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
-    from iet_sd.engine.step import Objective
     from iet_sd.engine.store import open_store
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention

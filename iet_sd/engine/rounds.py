@@ -20,9 +20,10 @@ from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages, loader
 from iet_sd.data.shards import visits
 from iet_sd.engine import collectives
+from iet_sd.engine.objective import Objective
 from iet_sd.engine.proxy import MOMENTS, WEIGHTS, Proxy, copy_into, live_weights, part
 from iet_sd.engine.state import Event, Progress, RoundDone, ShardDone, State, StepDone
-from iet_sd.engine.step import Counts, Objective, accumulate_gradient
+from iet_sd.engine.step import Counts, accumulate_gradient
 from iet_sd.engine.store import Store, Tensors
 from iet_sd.engine.usage import peak_memory
 from iet_sd.errors import UserError

@@ -6,20 +6,18 @@ with a second, augmented pass for samples near the threshold -> gradient. No I/O
 augmented images, no collective, no optimizer. Shapes: B samples of a batch, Q of the second pass.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from iet_sd import diffusion
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import Visit
+from iet_sd.engine.objective import Objective
 from iet_sd.method import agc, taa
-from iet_sd.models.loading import Components
 
 
 class Pending(NamedTuple):
@@ -75,65 +73,6 @@ class Memory:
 
     bank: agc.Bank
     queue: list[Pending] = field(default_factory=list)
-
-
-class Objective:
-    """The loss per sample of a Stable Diffusion, with every draw derived from a sample's seed."""
-
-    def __init__(
-        self,
-        components: Components,
-        device: torch.device,
-        autocast: Callable[[], AbstractContextManager[Any]],
-        noise_offset: float = 0.0,
-        snr_gamma: float | None = None,
-    ) -> None:
-        """``autocast`` makes the context of the UNet's forward pass (mixed precision)."""
-        self.components = components
-        self.device = device
-        self.autocast = autocast
-        self.noise_offset = noise_offset
-        self.snr_gamma = snr_gamma
-
-    def draw_timesteps(self, seeds_B: Sequence[int], purpose: str) -> Tensor:
-        """Uniform timesteps, int64 (B,), on the CPU."""
-        return diffusion.draw_timesteps(seeds_B, purpose, self.components.num_train_timesteps)
-
-    def loss(self, batch: dict[str, Tensor], timesteps_B: Tensor, purpose: str) -> Tensor:
-        """The squared error of the UNet on each sample: float32 (B,), with gradient if enabled.
-
-        ``purpose`` keeps the draws of a second pass apart from those of the first.
-        """
-        parts, seeds_B = self.components, batch["seed"].tolist()
-        timesteps = timesteps_B.to(self.device)
-        with torch.no_grad():
-            pixels = batch["pixel_values"].to(self.device, parts.vae.dtype, non_blocking=True)
-            posterior = parts.vae.encode(pixels).latent_dist
-            shape = posterior.mean.shape[1:]
-            sample = diffusion.draw_noise(seeds_B, f"{purpose}/posterior", shape)
-            # In fp32 up to the UNet: in bf16 the first timesteps would be without noise.
-            latents = posterior.mean.float() + posterior.std.float() * sample.to(self.device)
-            latents = latents * parts.vae.config.scaling_factor
-            noise = diffusion.draw_noise(seeds_B, f"{purpose}/noise", shape, self.noise_offset)
-            noisy_latents, target = diffusion.add_noise_and_target(
-                parts.noise_scheduler, latents, noise.to(latents), timesteps
-            )
-            input_ids = batch["input_ids"].to(self.device, non_blocking=True)
-            encoder_hidden_states = parts.text_encoder(input_ids, return_dict=False)[0]
-        with self.autocast():
-            model_pred = parts.unet(
-                noisy_latents, timesteps, encoder_hidden_states, return_dict=False
-            )[0]
-        return diffusion.per_sample_loss(model_pred, target)
-
-    def weight(self, loss_B: Tensor, timesteps_B: Tensor) -> Tensor:
-        """The loss as it is trained on: weighted by min-SNR where asked for."""
-        if self.snr_gamma is None:
-            return loss_B
-        timesteps = timesteps_B.to(loss_B.device)
-        return loss_B * diffusion.snr_weights(
-            self.components.noise_scheduler, timesteps, self.snr_gamma
-        )
 
 
 class Outcome(NamedTuple):

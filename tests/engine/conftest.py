@@ -8,9 +8,9 @@ from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages
 from iet_sd.data.shards import split
 from iet_sd.data.sources import load_source
+from iet_sd.engine.objective import Objective
 from iet_sd.engine.plan import steps_per_round
 from iet_sd.engine.rounds import Trainer
-from iet_sd.engine.step import Objective
 from iet_sd.models.adapter import lora_pairs, make_trainable
 from iet_sd.models.loading import load_components
 from tests.pipelines import RESOLUTION
