@@ -48,7 +48,7 @@ def main() -> None:
     config = arguments.load(["--config", args.config])
     source = load_source(config.data)
     components = load_components(config.model, torch.float32, config.data.cache_dir)
-    dataset = TrainingImages(source, components.tokenizer, config.data)
+    dataset = TrainingImages(source, components.tokenize, config.data)
     objective = Objective(components, torch.device("cpu"), nullcontext)
     at, loss_TS = losses(objective, dataset, args.timesteps, args.samples)
     mean_T = loss_TS.mean(1)

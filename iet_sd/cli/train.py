@@ -162,7 +162,7 @@ def _run(
             training.noise_offset,
             training.snr_gamma,
         ),
-        dataset=TrainingImages(source, components.tokenizer, config.data),
+        dataset=TrainingImages(source, components.tokenize, config.data),
         parameters=parameters,
         lora_pairs=lora_pairs(parameters),
         device=device,

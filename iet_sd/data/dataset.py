@@ -3,7 +3,7 @@
 Letters in shapes: B batch, R resolution, L tokens of a caption.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,10 +26,8 @@ from iet_sd.seeding import seed_for
 def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     """A batch of examples: pixel_values (B, 3, R, R), input_ids (B, L), index (B,), seed (B,)."""
     return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "input_ids": torch.stack([example["input_ids"] for example in examples]),
-        "index": torch.tensor([example["index"] for example in examples]),
-        "seed": torch.tensor([example["seed"] for example in examples]),
+        name: torch.stack([torch.as_tensor(example[name]) for example in examples])
+        for name in examples[0]
     }
 
 
@@ -69,7 +67,8 @@ class TrainingImages(Dataset):
     """The samples of a source, each looked up by a `Visit`, which settles all that is random."""
 
     source: Source
-    tokenizer: Any
+    tokenize: Callable[[str], dict[str, Tensor]]
+    """The tokens of a caption, by their names in a batch."""
     config: DataConfig
 
     def __len__(self) -> int:
@@ -105,7 +104,7 @@ class TrainingImages(Dataset):
         caption = self._caption(row[self.source.caption_column], name, visit)
         return {
             "pixel_values": pixel_values,
-            "input_ids": self._tokens(caption),
+            **self.tokenize(caption),
             "index": visit.index,
             "seed": visit.seed,
         }
@@ -125,15 +124,6 @@ class TrainingImages(Dataset):
         """One of the sample's captions; an empty one if it has none, which the source allowed."""
         captions = texts(cell, name) or [""]
         return captions[torch.randint(len(captions), (), generator=_generator(visit, "caption"))]
-
-    def _tokens(self, caption: str) -> Tensor:
-        return self.tokenizer(
-            caption,
-            max_length=self.tokenizer.model_max_length,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids[0]
 
 
 class _Batches(Dataset):

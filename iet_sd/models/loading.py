@@ -40,6 +40,7 @@ from iet_sd.models.layout import (
     download_patterns,
     parts_of,
 )
+from iet_sd.models.tokens import Tokenize
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -221,6 +222,11 @@ class Components:
     """Where the source's files lie: the result takes all that wasn't trained from here."""
     variant: str | None = None
     """Variant of the weights in ``folder``."""
+
+    @property
+    def tokenize(self) -> Tokenize:
+        """From a caption to its tokens."""
+        return Tokenize((self.tokenizer,))
 
     @property
     def num_train_timesteps(self) -> int:

@@ -13,6 +13,7 @@ from iet_sd.data.dataset import TrainingImages, collate, loader
 from iet_sd.data.shards import Visit, visits
 from iet_sd.data.sources import load_source
 from iet_sd.errors import UserError
+from iet_sd.models.tokens import Tokenize
 
 R, L = 8, 6
 
@@ -38,7 +39,7 @@ def images(folder, config, tokenizer):
         settings = config(
             root, resolution=R, random_flip=True, on_missing_caption="empty", **settings
         )
-        return TrainingImages(load_source(settings), tokenizer, settings)
+        return TrainingImages(load_source(settings), Tokenize((tokenizer,)), settings)
 
     return make
 
@@ -65,8 +66,8 @@ def test_example(images):
 
 
 def test_long_caption_is_cut(images):
-    dataset = images()
-    assert dataset._tokens("a " * 20).tolist() == [0, 2, 2, 2, 2, 1]
+    tokens = images().tokenize("a " * 20)
+    assert tokens["input_ids"].tolist() == [0, 2, 2, 2, 2, 1]
 
 
 def test_missing_caption_is_empty(images):
@@ -189,6 +190,6 @@ def test_images_in_rows_cannot_change_and_are_not_compared(images, config, token
     assert all(source.digests)
     other = replace(source, digests=("another",) * 3)
     assert equal(
-        TrainingImages(source, tokenizer, settings)[Visit(1, 0)],
-        TrainingImages(other, tokenizer, settings)[Visit(1, 0)],
+        TrainingImages(source, Tokenize((tokenizer,)), settings)[Visit(1, 0)],
+        TrainingImages(other, Tokenize((tokenizer,)), settings)[Visit(1, 0)],
     )

@@ -58,7 +58,7 @@ def trainer_for():
                 config.training.noise_offset,
                 config.training.snr_gamma,
             ),
-            dataset=TrainingImages(source, components.tokenizer, config.data),
+            dataset=TrainingImages(source, components.tokenize, config.data),
             parameters=parameters,
             lora_pairs=lora_pairs(parameters),
             device=torch.device("cpu"),
