@@ -1,6 +1,6 @@
 """What processes exchange, at the start and at round boundaries. All take part in each call."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,16 +16,17 @@ T = TypeVar("T")
 BUCKET_BYTES = 64 * 2**20
 
 
-def sum_in_place(tensors: Iterable[Tensor], num_processes: int) -> None:
+def sum_in_place(tensors: Mapping[str, Tensor], num_processes: int) -> None:
     """Replace each CPU tensor by its sum over processes, a bucket of tensors at a time.
 
-    The tensors must have the same shapes and order on all processes.
+    Names and shapes are the same on all processes. The order need not be: it is that of the names,
+    as a process that goes on from files has its tensors in the order of these.
     """
     if num_processes == 1:
         return
     device = _communication_device()
     bucket: list[Tensor] = []
-    for tensor in tensors:
+    for _, tensor in sorted(tensors.items()):
         full = bucket and (
             tensor.dtype != bucket[0].dtype
             or sum(t.nbytes for t in bucket) + tensor.nbytes > BUCKET_BYTES

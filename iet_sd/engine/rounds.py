@@ -101,7 +101,7 @@ class Trainer:
         # All processes from here to the end of the round: sums over processes.
         began = time.perf_counter()
         gap = self._aggregate(state, progress.means)
-        collectives.sum_in_place([progress.new_skips_N], self.num_processes)
+        collectives.sum_in_place({"skips": progress.new_skips_N}, self.num_processes)
         state.skips_N += progress.new_skips_N
         shards = collectives.gather(progress.done, self.num_processes)
         moved_K = [0] * method.num_shards
@@ -257,7 +257,7 @@ class Trainer:
         """
         method = self.config.method
         for mean in means.values():
-            collectives.sum_in_place(mean.totals.values(), self.num_processes)
+            collectives.sum_in_place(mean.totals, self.num_processes)
         if WEIGHTS not in means:
             return None
         gaps = means[WEIGHTS].gaps()

@@ -26,19 +26,19 @@ TIMEOUT = 4
 
 
 def sums(rank):
-    """Of several types, and more than goes into one bucket."""
+    """Of several types, more than goes into one bucket, and in another order on each process."""
     collectives.BUCKET_BYTES = 20
-    tensors = [
-        torch.full((3, 2), 1.0 + rank),
-        torch.full((2,), 10.0 * rank),
-        torch.arange(4) * (rank + 1),
-        torch.tensor(0.5),
-        torch.tensor(rank + 0.25),
-    ]
-    before = list(tensors)
-    collectives.sum_in_place(tensors, 2)
-    assert all(one is other for one, other in zip(tensors, before, strict=True))
-    return tensors
+    tensors = {
+        "a": torch.full((3, 2), 1.0 + rank),
+        "b": torch.full((2,), 10.0 * rank),
+        "c": torch.arange(4) * (rank + 1),
+        "d": torch.tensor(0.5),
+        "e": torch.tensor(rank + 0.25),
+    }
+    before = dict(tensors)
+    collectives.sum_in_place(dict(sorted(tensors.items(), reverse=rank == 1)), 2)
+    assert all(tensors[name] is before[name] for name in tensors)
+    return list(tensors.values())
 
 
 def met(act):
@@ -50,7 +50,7 @@ def met(act):
             act()
         began = time.monotonic()
         try:
-            collectives.sum_in_place([torch.ones(3)], 2)
+            collectives.sum_in_place({"a": torch.ones(3)}, 2)
         except UserError as error:
             return str(error), time.monotonic() - began
 
