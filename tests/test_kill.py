@@ -60,9 +60,13 @@ def kill_somewhere(argv, output_dir, processes, moments, aim):
 def survive(argv, output_dir, processes, aims, seed):
     """Kill a run again and again, then let it finish; how many kills were where."""
     moments, hits = random.Random(seed), Counter()
-    for number, aim in enumerate(aims):
-        resume = ["--resume_from_checkpoint", "latest"] if number else []
-        hits[kill_somewhere([*argv, *resume], output_dir, processes, moments, aim)] += 1
+    for aim in aims:
+        place = None
+        # An aim that was missed, as the write ended meanwhile, is taken again.
+        while place is None or place != (aim or place):
+            resume = ["--resume_from_checkpoint", "latest"] if hits else []
+            place = kill_somewhere([*argv, *resume], output_dir, processes, moments, aim)
+            hits[place] += 1
     finish([*argv, "--resume_from_checkpoint", "latest"], processes)
     return hits
 
@@ -95,13 +99,13 @@ def test_a_run_that_is_killed_goes_on_exactly(argv, tmp_path):
 @pytest.mark.parametrize("processes", [0, 2], ids=["one process", "two processes"])
 @pytest.mark.parametrize("train_mode", ["full", "lora"])
 def test_fifty_kills(train_mode, processes, argv, tmp_path):
-    """13 kills for each of the four: 52 in all."""
+    """13 kills or more for each of the four: 52 in all."""
     given = RUN | {"train_mode": train_mode}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(argv(**given, output_dir=whole), processes)
     flags = argv(**given, output_dir=broken)
     aims = [None, *STAGING] * 4 + [None]
     hits = survive(flags, broken, processes, aims, seed=processes)
-    print(f"{train_mode}, {processes or 1} processes, {len(aims)} kills: {dict(hits)}")
+    print(f"{train_mode}, {processes or 1} processes, {hits.total()} kills: {dict(hits)}")
     assert all(hits[place] >= 4 for place in STAGING)
     check_equal(whole, broken)
