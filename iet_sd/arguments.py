@@ -19,12 +19,17 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from iet_sd.config import Config, Settings
+from iet_sd.config.hub import SECRETS
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS, stand_for
 
 S = TypeVar("S", bound=Settings)
 # Two ways to say one thing: a later layer that uses one of them lets go of the other.
-_EXCLUSIVE = (("steps_per_round", "max_train_steps"), ("dataset_name", "train_data_dir"))
+_EXCLUSIVE = (
+    ("steps_per_round", "max_train_steps"),
+    ("dataset_name", "train_data_dir"),
+    ("validation_prompt", "validation_prompts"),
+)
 
 
 def load(
@@ -40,8 +45,10 @@ def load(
     """
     parsed, unknown = build_parser(settings, prog).parse_known_args(argv)
     if unknown:
-        close = _close_matches(unknown[0].strip("-"), _fields(settings))
-        raise UserError(f"unknown flag {unknown[0]}.{close}")
+        # Without its value, which may be a secret.
+        flag = unknown[0].partition("=")[0]
+        close = _close_matches(flag.strip("-"), _fields(settings))
+        raise UserError(f"unknown flag {flag}.{close}")
     flags = vars(parsed)
     path = flags.pop("config", None)
     layers = (read_yaml(Path(path), settings, "--config") if path else {}, flags)
@@ -119,7 +126,7 @@ def read_yaml(path: Path, settings: type[Settings], whence: str) -> dict[str, An
     except OSError as error:
         raise UserError(f"{whence} {path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{whence} {path} is not valid YAML: {error}") from error
+        raise UserError(f"{whence} {path} is not valid YAML: {_where(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -215,7 +222,15 @@ def _checked(key: str, value: Any, hints: dict[str, Any], whence: str) -> Any:
         expected = {"int": "a whole number", "str": "a text", "bool": "true or false"}[
             bare.__name__
         ]
-    raise UserError(f"{whence}: {key} must be {expected}; got {value!r}.")
+    got = "something else" if key in SECRETS else repr(value)
+    raise UserError(f"{whence}: {key} must be {expected}; got {got}.")
+
+
+def _where(error: Exception) -> str:
+    """What is wrong with a file, without its lines, as one may hold a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"line {error.problem_mark.line + 1}: {error.problem}"
 
 
 def _close_matches(key: str, known: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
 from torch import Generator, Tensor
 
 from iet_sd.seeding import seed_for
@@ -67,8 +68,7 @@ def snr_weights(noise_scheduler: DDPMScheduler, timesteps: Tensor, gamma: float)
 
     At snr = 0 (zero-terminal SNR) the first has the limit 1, where 0 / 0 would be NaN.
     """
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps].float()
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    snr = compute_snr(noise_scheduler, timesteps)
     clipped = snr.clamp(max=gamma)
     if noise_scheduler.config.prediction_type == "v_prediction":
         return clipped / (snr + 1)

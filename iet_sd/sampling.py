@@ -6,14 +6,14 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
 from iet_sd.seeding import seed_for
 
 
 def sample(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts: Sequence[str],
     per_prompt: int,
     seed: int,
@@ -34,7 +34,7 @@ def sample(
 
 @torch.no_grad()
 def draw(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     prompts_B: Sequence[str],
     seeds_B: Sequence[int],
     resolution: int,
@@ -44,12 +44,14 @@ def draw(
 ) -> np.ndarray:
     """One batch, an image for each prompt and seed: float32 (B, H, W, 3) in [0, 1].
 
+    negative_prompt: empty for the pipeline's own way to draw without one (of XL, zeros).
     An image depends on its own prompt and seed alone, to the rounding of matrix products.
     """
-    with evaluating(pipeline.unet):
+    parts = pipeline.components.values()
+    with evaluating(*(part for part in parts if isinstance(part, torch.nn.Module))):
         return pipeline(
             list(prompts_B),
-            negative_prompt=[negative_prompt] * len(prompts_B),
+            negative_prompt=[negative_prompt] * len(prompts_B) if negative_prompt else None,
             height=resolution,
             width=resolution,
             num_inference_steps=inference_steps,
@@ -76,11 +78,13 @@ def grid(rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> Image
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module):
-    """Dropout off inside, and the mode as it was afterwards."""
-    training = module.training
-    module.eval()
+def evaluating(*modules: torch.nn.Module):
+    """Dropout off inside, and the modes as they were afterwards."""
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
-        module.train(training)
+        for module, training in zip(modules, modes, strict=True):
+            module.train(training)

@@ -11,7 +11,7 @@ from tests.pipelines import RESOLUTION, tiny_pipeline
 def pipelines(tmp_path_factory):
     """Folders of the tiny pipelines, by kind."""
     root = tmp_path_factory.mktemp("pipelines")
-    return {kind: tiny_pipeline(root / kind, kind=kind) for kind in ("sd1", "sd2")}
+    return {kind: tiny_pipeline(root / kind, kind=kind) for kind in ("sd1", "sd2", "sdxl")}
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +23,19 @@ def images(tmp_path_factory):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / f"{number:02d}.png")
         rows.append({"file_name": f"{number:02d}.png", "text": f"a cat or dog {number}"})
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture(scope="session")
+def heldout(tmp_path_factory):
+    """A folder of 30 captioned pictures that nothing was trained on."""
+    root = tmp_path_factory.mktemp("heldout")
+    rows = []
+    for number in range(30):
+        pixels = np.random.default_rng(100 + number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        rows.append({"file_name": f"{number:02d}.png", "text": f"a bird {number}"})
     (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from iet_sd.config import ModelConfig
@@ -18,10 +18,12 @@ TOLERANCE = 1
 PROMPTS = ["a cat", "a dog"]
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
 def pipeline(request, pipelines):
     config = ModelConfig(pretrained_model_name_or_path=str(pipelines[request.param]))
-    return as_pipeline(load_components(config, torch.float32, None))
+    pipeline = as_pipeline(load_components(config, torch.float32, None))
+    pipeline.folder = pipelines[request.param]
+    return pipeline
 
 
 def draw(pipeline, prompts=PROMPTS, per_prompt=3, seed=0):
@@ -48,10 +50,10 @@ def test_images_differ_by_number_prompt_and_seed(pipeline):
         assert all(difference(one, other) > 10 * TOLERANCE for other in images[:i])
 
 
-def test_an_image_is_that_of_the_pipeline_with_the_seed_by_hand(pipeline, pipelines):
+def test_an_image_is_that_of_the_pipeline_with_the_seed_by_hand(pipeline):
     """Drawn by a pipeline from the folder, one image, noise from the address in the seed's name."""
-    kind = "sd2" if pipeline.scheduler.config.prediction_type == "v_prediction" else "sd1"
-    plain = StableDiffusionPipeline.from_pretrained(pipelines[kind])
+    plain = DiffusionPipeline.from_pretrained(pipeline.folder)
+    assert type(plain) is type(pipeline)
     plain.set_progress_bar_config(disable=True)
     latents = torch.randn(
         (1, 4, RESOLUTION // 8, RESOLUTION // 8),

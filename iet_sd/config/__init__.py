@@ -17,8 +17,10 @@ from iet_sd.config.evaluation import (
     GenerationConfig,
     PipelineConfig,
 )
+from iet_sd.config.hub import SECRETS, HubConfig, PushConfig, ResultConfig
 from iet_sd.config.method import MethodConfig
 from iet_sd.config.model import ModelConfig
+from iet_sd.config.probe import ProbeConfig
 from iet_sd.config.training import TrainingConfig
 from iet_sd.errors import UserError
 
@@ -28,8 +30,12 @@ __all__ = [
     "DataConfig",
     "EvaluateSettings",
     "GenerateSettings",
+    "HubConfig",
     "MethodConfig",
     "ModelConfig",
+    "ProbeConfig",
+    "PushConfig",
+    "PushSettings",
     "TrainingConfig",
 ]
 
@@ -47,11 +53,12 @@ class Settings:
         return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
     def as_dict(self) -> dict[str, Any]:
-        """All settings as one flat mapping, as the YAML file has them."""
+        """All settings as one flat mapping, as the YAML file has them; without secrets."""
         return {
             f.name: list(value) if isinstance(value := getattr(part, f.name), tuple) else value
             for part in (getattr(self, name) for name in self.sections())
             for f in dataclasses.fields(part)
+            if f.name not in SECRETS
         }
 
 
@@ -65,6 +72,9 @@ class Config(Settings):
     data: DataConfig
     method: MethodConfig
     training: TrainingConfig
+    probe: ProbeConfig
+    push: PushConfig
+    hub: HubConfig
 
     def __post_init__(self) -> None:
         given = self.method.steps_per_round is not None, self.training.max_train_steps is not None
@@ -72,6 +82,19 @@ class Config(Settings):
             raise UserError(
                 "--steps_per_round and --max_train_steps both set the length of training: "
                 "give one of them."
+            )
+        heldout = self.data.heldout_split or self.data.heldout_data_dir
+        if self.probe.eval_every_rounds and not heldout:
+            raise UserError(
+                "--eval_every_rounds compares with images that are not trained on: name them with "
+                "--heldout_split (of the same data set) or --heldout_data_dir."
+            )
+        if self.training.text_encoder_lr is not None and not self.model.train_text_encoder:
+            raise UserError("--text_encoder_lr needs --train_text_encoder.")
+        if self.training.use_8bit_adam and self.method.proxy_optimizer == "average":
+            raise UserError(
+                "--proxy_optimizer average averages moments as numbers, and --use_8bit_adam keeps "
+                "codes of 8 bits for them. Use --proxy_optimizer keep or reset."
             )
         drops = self.method.taa and self.method.taa_leftovers == "drop"
         if drops and self.training.gradient_accumulation_steps > 1:
@@ -109,3 +132,13 @@ class CompareSettings(Settings):
     POSITIONAL = ("first", "second")
 
     comparison: ComparisonConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushSettings(Settings):
+    """Push the result of a training run to the Hub: weights, card, settings, metrics, pictures."""
+
+    POSITIONAL = ("folder",)
+
+    result: ResultConfig
+    hub: HubConfig

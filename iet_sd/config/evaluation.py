@@ -75,6 +75,9 @@ class EvaluationConfig:
     """Timesteps, spread evenly, at which that loss is taken."""
     without_heldout: bool = False
     """Leave out all that compares with held-out images, if there are none."""
+    neighbour_engine: Literal["exact", "faiss"] = "exact"
+    """What searches for the nearest images: numpy, or faiss (an optional package: pip install
+    faiss-cpu). The results are the same; on one CPU core numpy is faster."""
     embedding_batch_size: int = 64
     """Images embedded at a time."""
     bootstrap_resamples: int = 2000

@@ -31,12 +31,18 @@ class TrainingConfig:
     """Steps of all proxies together (--step_unit), split over shards and rounds."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
+    text_encoder_lr: float | None = None
+    """Peak learning rate of the text encoder, if it is trained. Default: --learning_rate."""
     scale_lr: bool = False
-    """Multiply the learning rate by batch size and gradient accumulation steps."""
+    """Multiply the learning rates by batch size and gradient accumulation steps."""
     lr_scheduler: LR_SCHEDULERS = "constant"
     """Learning-rate schedule; it counts the updates of one proxy over all rounds."""
     lr_warmup_steps: int = 500
     """Updates of a proxy over which the learning rate rises from 0, if the schedule warms up."""
+    lr_num_cycles: int = 1
+    """Cosine waves of the schedule cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Power of the schedule polynomial."""
     gradient_accumulation_steps: int = 1
     """Batches per optimizer update."""
     adam_beta1: float = 0.9
@@ -47,6 +53,16 @@ class TrainingConfig:
     """AdamW: weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW: epsilon."""
+    use_8bit_adam: bool = False
+    """Keep AdamW's moments in 8 bits (bitsandbytes, an optional package; needs a CUDA GPU)."""
+    use_ema: bool = False
+    """Keep a moving average of the weights (EMA). The result and validation images are of it; the
+    weights themselves are saved beside it, as unet_non_ema/ or *_non_ema.safetensors."""
+    offload_ema: bool = False
+    """Keep the average in main memory, and take it to the GPU for its update: a tensor at a time,
+    or all at once with --foreach_ema."""
+    foreach_ema: bool = False
+    """Update all tensors of the average in one call: faster, and rounded differently."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this norm."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
@@ -57,6 +73,14 @@ class TrainingConfig:
     """Min-SNR weight of the loss (arXiv 2303.09556); 5.0 is usual. AGC compares the unweighted."""
     noise_offset: float = 0.0
     """Scale of an offset of the noise, one number per image and channel."""
+    input_perturbation: float = 0.0
+    """Scale of more noise in the UNet's input, which it is not to predict (arXiv 2301.11706); 0.1
+    is usual."""
+    dream_training: bool = False
+    """Train on the UNet's own error added to input and target (DREAM, arXiv 2312.00210), by one
+    more forward pass. For prediction type epsilon."""
+    dream_detail_preservation: float = 1.0
+    """DREAM: power of the noise level that scales the error (p); larger keeps more detail."""
     on_nonfinite: Literal["stop", "skip_batch"] = "stop"
     """A loss or gradient that is NaN or infinite: stop and name it, or leave the batch out."""
     proxy_store: Literal["memory", "disk"] = "memory"
@@ -78,18 +102,30 @@ class TrainingConfig:
     """Project name in the tracker."""
     validation_prompts: tuple[str, ...] | None = None
     """Prompts drawn during training and for the sample grid at the end."""
+    validation_prompt: str | None = None
+    """The same for a single prompt."""
+    validation_epochs: int = 5
+    """Draw --validation_prompts at the end of a round in which all proxies together have gone
+    another so many times through the data. 0: only at the end of training."""
     validation_rounds: int | None = None
-    """Draw --validation_prompts after every so many rounds. Default: only at the end."""
+    """Draw them after every so many rounds instead."""
     num_validation_images: int = 4
     """Images per validation prompt."""
     validation_inference_steps: int = 25
     """Denoising steps of validation images."""
     validation_guidance_scale: float = 7.5
     """Classifier-free guidance of validation images."""
+    local_rank: int = -1
+    """Taken from launchers that give it; a process goes by the variable LOCAL_RANK."""
     ddp_timeout: int = 7200
     """Seconds that a process waits for the others at the end of a round before it gives up."""
     dry_run: bool = False
     """Print the resolved settings, shard sizes, updates, memory and time, then stop."""
+
+    @property
+    def dream(self) -> float | None:
+        """DREAM's detail preservation, None without it."""
+        return self.dream_detail_preservation if self.dream_training else None
 
     @property
     def samples_per_update(self) -> int:
@@ -103,9 +139,21 @@ class TrainingConfig:
         not_negative(
             self, "dataloader_num_workers", "lr_warmup_steps", "adam_weight_decay", "noise_offset"
         )
+        not_negative(self, "input_perturbation", "validation_epochs")
+        positive(self, "dream_detail_preservation", "lr_num_cycles", "lr_power")
         not_negative(self, "checkpointing_rounds", "adam_epsilon", "validation_guidance_scale")
         below_one(self, "adam_beta1", "adam_beta2")
-        positive(self, "max_train_steps", "snr_gamma")
+        positive(self, "max_train_steps", "snr_gamma", "text_encoder_lr")
         positive(self, "validation_rounds", "checkpoints_total_limit")
+        for flag in ("offload_ema", "foreach_ema"):
+            if getattr(self, flag) and not self.use_ema:
+                raise UserError(f"--{flag} says how --use_ema works, and that is not given.")
+        if self.validation_prompt and self.validation_prompts:
+            raise UserError(
+                "--validation_prompt and --validation_prompts both name what is drawn: give one."
+            )
+        if self.validation_prompt:
+            object.__setattr__(self, "validation_prompts", (self.validation_prompt,))
+            object.__setattr__(self, "validation_prompt", None)
         if self.validation_rounds and not self.validation_prompts:
             raise UserError("--validation_rounds needs --validation_prompts.")

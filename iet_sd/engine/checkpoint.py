@@ -5,9 +5,11 @@
       weights.safetensors           trainable weights after the last aggregation
       moments.safetensors           AdamW's moments after it, if they are averaged too
       velocity.safetensors          momentum of the outer optimizer, if it has any
+      ema.safetensors               moving average of the weights, if there is one
       samples.safetensors           shard and skip count of every sample
       history.json                  what every round did, for metrics.jsonl
-      proxy-0.safetensors           own weights and AdamW's moments, if any, and the bank
+      probes.json                   what was measured after rounds (--eval_every_rounds)
+      proxy-0.safetensors           own weights, moments and average, if any, and the bank
       proxy-0.json                  schedule, loss scale, queue of kept samples
       process-0-of-2/               what process 0 has done of round 4, written by it alone
         shard-0-done/               a shard that has had its round: proxy, skips, counts
@@ -116,10 +118,12 @@ def save(
             save_file(state.weights, staging / "weights.safetensors")
             save_file(state.moments, staging / "moments.safetensors")
             save_file(state.velocity, staging / "velocity.safetensors")
+            save_file(state.ema, staging / "ema.safetensors")
             samples = {"shard_of": state.shard_of_N, "skips": state.skips_N}
             save_file(samples, staging / "samples.safetensors")
             history = [asdict(event) for event in state.history]
             (staging / "history.json").write_text(json.dumps(history))
+            (staging / "probes.json").write_text(json.dumps(state.probes))
             seal(staging, {"round": state.round, "identity": identity})
             publish(final)
 
@@ -148,8 +152,10 @@ def load(found: Checkpoint, state: State, identity: dict[str, Any]) -> None:
     state.weights = load_file(folder / "weights.safetensors")
     state.moments = load_file(folder / "moments.safetensors")
     state.velocity = load_file(folder / "velocity.safetensors")
+    state.ema = load_file(folder / "ema.safetensors")
     samples = load_file(folder / "samples.safetensors")
     state.shard_of_N, state.skips_N = samples["shard_of"], samples["skips"]
+    state.probes = json.loads((folder / "probes.json").read_text())
     for event in json.loads((folder / "history.json").read_text()):
         shards = [_shard_done(shard) for shard in event["shards"]]
         state.history.append(RoundDone(**event | {"shards": shards}))

@@ -14,7 +14,6 @@ from iet_sd.config import Config
 from iet_sd.engine import sizes
 from iet_sd.errors import UserError
 from iet_sd.models.adapter import lora_pairs, make_trainable
-from iet_sd.models.loading import Components, find_folder, latent_size
 
 # Convolutions and attention of a UNet reach between a half and a fifth of the speed of one large
 # matrix product.
@@ -58,11 +57,11 @@ class Estimate:
     trainable: int
     """Parameters that are trained."""
     model: int
-    """Bytes of the UNet, its gradients and the moments of one proxy, on the device."""
+    """Bytes of the UNet, all gradients and the moments of one proxy, on the device."""
     activations: int
     """Bytes kept for the backward pass of one batch."""
     frozen: int
-    """Bytes of VAE and text encoder, on the device."""
+    """Bytes of VAE and text encoders that are not trained, on the device."""
     encoding: int
     """Bytes at work while the images of a batch are encoded, before its activations are there."""
     host: int
@@ -87,38 +86,44 @@ def estimate(config: Config, steps: int, num_processes: int) -> Estimate:
     """Count a run of ``steps`` steps per round on ``num_processes`` processes."""
     method, training = config.method, config.training
     dtype, batch = weight_dtype(training.mixed_precision), training.train_batch_size
-    folder = find_folder(config.model, config.data.cache_dir, weights=False)
-    unet, vae = sizes.meta_unet(folder), sizes.meta_vae(folder)
-    parts = Components(None, None, None, unet, None, "", None)
+    parts = sizes.meta_components(config.model, config.data.cache_dir)
+    vae = parts.vae
     parameters = make_trainable(parts, config.model, seed=0)
     trainable = sum(p.numel() for p in parameters.values())
-    resolution = config.data.resolution
-    size = latent_size(vae, resolution, config.model.pretrained_model_name_or_path)
-    flops, saved = sizes.forward_cost(unet, size)
+    # A square of the area of the largest size of images.
+    sides = (math.sqrt(height * width) for height, width in config.data.buckets)
+    resolution = 8 * math.ceil(max(sides) / 8)
+    flops, saved = sizes.forward_cost(parts, parts.latent_size(resolution))
     image = torch.empty(1, vae.config.in_channels, resolution, resolution, device="meta")
-    frozen = sizes.parameters_of(vae, sizes.meta_text_encoder(folder))
+    vae_bytes = parts.family.vae_dtype(vae.config, dtype).itemsize
+    texts = sizes.frozen_parameters(*parts.text_encoders)
     waiting = math.ceil(method.num_shards / num_processes)
     total = steps * method.num_rounds * waiting * training.samples_per_update
     keeps, averages = (method.proxy_optimizer == name for name in ("keep", "average"))
-    # In units of the trained weights: what a proxy holds while it waits, and what all share.
-    own = 3 if method.aggregate_every > 1 else 2 * keeps
-    shared = 1 + 2 * averages + (method.outer_momentum > 0)
+    # In units of the trained weights: what a proxy holds at its turn, while it waits, and what all
+    # share. Of moments in 8 bits the scales are left out, a sixtieth of them.
+    moments, ema = 0.5 if training.use_8bit_adam else 2, int(training.use_ema)
+    whole = 1 + moments + ema
+    own = whole if method.aggregate_every > 1 else moments * keeps
+    shared = 1 + ema + 2 * averages + (method.outer_momentum > 0)
     on_disk = training.proxy_store == "disk"
     # Of the others, of the one that leaves or enters, and a mean beside what is shared.
-    host = (0 if on_disk else own * (waiting - 1)) + 3 + shared + 1 + 2 * averages
+    host = (0 if on_disk else own * (waiting - 1)) + whole + shared + 1 + ema + 2 * averages
+    on_device = 2 + moments + ema * (not training.offload_ema)
+    averages_of_products = 1 + ema * (config.model.lora_aggregation == "product")
     return Estimate(
         trainable=trainable,
-        # fp32 weights, gradients and two moments of what is trained.
-        model=16 * trainable + dtype.itemsize * (sizes.parameters_of(unet) - trainable),
+        # fp32 weights, gradients, moments and average of what is trained.
+        model=int(4 * trainable * on_device) + dtype.itemsize * sizes.frozen_parameters(parts.unet),
         activations=saved * batch * dtype.itemsize // 4,
-        frozen=dtype.itemsize * frozen,
-        encoding=batch * dtype.itemsize // 4 * sizes.peak_of(lambda: vae.encode(image)),
-        host=4 * trainable * host + _products(config, parameters),
-        store=4 * trainable * own * waiting if on_disk else 0,
-        checkpoint=4 * trainable * (own * method.num_shards + shared),
-        within_round=4 * trainable * 3 * method.num_shards,
-        # Forward, and twice that backward; checkpointing goes forward once more.
-        flops=(4 if config.model.gradient_checkpointing else 3) * flops * total,
+        frozen=vae_bytes * sizes.frozen_parameters(vae) + dtype.itemsize * texts,
+        encoding=sizes.peak_of(lambda: vae.encode(image)) * batch * vae_bytes // 4,
+        host=int(4 * trainable * host) + averages_of_products * _products(config, parameters),
+        store=int(4 * trainable * own * waiting) if on_disk else 0,
+        checkpoint=int(4 * trainable * (own * method.num_shards + shared)),
+        within_round=int(4 * trainable * whole * method.num_shards),
+        # Forward, and twice that backward; checkpointing goes forward once more, as does DREAM.
+        flops=(3 + config.model.gradient_checkpointing + training.dream_training) * flops * total,
     )
 
 
@@ -162,7 +167,7 @@ def describe(
             f"trainable: {found.trainable / 1e6:.2f} M parameters",
             f"memory:    about {_gib(on_device)} on {device.type} (UNet with gradients and moments "
             f"{_gib(found.model)}, its activations at most {_gib(found.activations)}; VAE and text "
-            f"encoder {_gib(found.frozen)}, encoding a batch {_gib(found.encoding)}), "
+            f"encoders {_gib(found.frozen)}, encoding a batch {_gib(found.encoding)}), "
             f"{_gib(found.host)} of main memory for waiting proxies and their mean",
             f"disk:      {_gib(saved)} for {kept} checkpoints of at most {_gib(found.checkpoint)}, "
             f"one being written and steps within a round; {_gib(found.store)} for waiting proxies",

@@ -1,11 +1,13 @@
 """A proxy: the model of one shard, and all that lives through the rounds with it.
 
-One set of parameters is live on the device; proxies take turns in it. Between turns the weights and
-the optimizer's moments of a proxy wait in a store on the CPU or the disk, so K proxies need one
-model on the device.
+One set of parameters is live on the device; proxies take turns in it. Between turns a proxy's
+weights, moments of the optimizer and moving average wait in a store on the CPU or the disk, so K
+proxies need one model on the device.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -13,15 +15,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from iet_sd.config import TrainingConfig
+from iet_sd.engine import ema
+from iet_sd.engine.optimizer import make_optimizer, no_moments, put_state, state_of
 from iet_sd.engine.step import Memory
 from iet_sd.engine.store import Store, Tensors
 from iet_sd.method import agc
+from iet_sd.models.adapter import of_text_encoder
 
-WEIGHTS, MOMENTS = "weights/", "moments/"
+WEIGHTS, MOMENTS, EMA = "weights/", "moments/", "ema/"
 
 
 class Proxy:
-    """Weights, optimizer, learning-rate schedule, loss scale and memory of one shard."""
+    """Weights, optimizer, schedule, loss scale, moving average and memory of one shard."""
 
     def __init__(
         self,
@@ -30,6 +35,7 @@ class Proxy:
         parameters: Mapping[str, Parameter],
         config: TrainingConfig,
         learning_rate: float,
+        text_encoder_lr: float,
         total_updates: int,
         bank_bins: int,
         device: torch.device,
@@ -40,53 +46,52 @@ class Proxy:
         self._store[shard] = {}
         self.parameters = dict(parameters)
         self.device = device
-        self.optimizer = torch.optim.AdamW(
-            # A list: clipping and AdamW both go through it, and an iterator ends after the first.
-            list(self.parameters.values()),
-            lr=learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
-        )
+        groups = parameter_groups(self.parameters, learning_rate, text_encoder_lr)
+        self.optimizer = make_optimizer(groups, config, learning_rate)
         self.lr_scheduler = get_scheduler(
             config.lr_scheduler,
             optimizer=self.optimizer,
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=total_updates,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
         self.max_grad_norm = config.max_grad_norm
         self.memory = Memory(agc.empty_bank(bank_bins))
+        self.ema: Tensors = {}
+        """Moving average of the live weights; nothing without ``use_ema``."""
+        self._offload_ema, self._foreach_ema = config.offload_ema, config.foreach_ema
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the next update."""
+        """The rate of the next update, of the UNet."""
         return self.optimizer.param_groups[0]["lr"]
 
-    def enter(self, weights: Tensors, moments: Tensors) -> None:
-        """Take the live parameters over, from what waits; ``weights``, ``moments`` for the rest.
+    def enter(self, weights: Tensors, moments: Tensors, average: Tensors | None = None) -> None:
+        """Take the live parameters over, from what waits; what all proxies share for the rest.
 
         ``moments`` by names ``PARAMETER/exp_avg``; where there are none either, the optimizer
-        starts anew.
+        starts anew. ``average`` is that of the moving averages, if there are any.
         """
         waiting = self._store.pop(self.shard)
         copy_into(self.parameters, part(waiting, WEIGHTS) or weights)
-        given = (
+        put_state(
+            self.optimizer,
+            self.parameters,
             part(waiting, MOMENTS)
-            or {name: t.clone() for name, t in moments.items()}
-            or no_moments(self.parameters)
+            or _copies(moments)
+            or no_moments(self.optimizer, self.parameters),
         )
-        for key, value in given.items():
-            name, _, moment = key.rpartition("/")
-            # AdamW keeps its step counts on the CPU by choice.
-            value = value if moment == "step" else value.to(self.device)
-            self.optimizer.state[self.parameters[name]][moment] = value
+        own = part(waiting, EMA) or _copies(average or {})
+        self.ema = ema.placed(own, self.device, self._offload_ema)
 
     def leave(self) -> Tensors:
         """Hand the live parameters back; returns all there is to `keep`, or drop."""
         self.drop_gradient()
         tensors = self.tensors()
         self.optimizer.state.clear()
+        self.ema = {}
         return tensors
 
     def keep(self, tensors: Tensors) -> None:
@@ -94,20 +99,18 @@ class Proxy:
         self._store[self.shard] = tensors
 
     def tensors(self) -> Tensors:
-        """Own weights and moments on the CPU: a copy of the live ones, or what waits.
+        """Own weights, moments and average on the CPU: a copy of the live ones, or what waits.
 
-        Names are ``weights/PARAMETER`` and ``moments/PARAMETER/exp_avg``; either may be absent
-        where all proxies have the same.
+        Names are ``weights/PARAMETER``, ``moments/PARAMETER/exp_avg`` and ``ema/PARAMETER``; any
+        of these may be absent where all proxies have the same.
         """
         if self.shard in self._store:
             return self._store[self.shard]
+        moments = state_of(self.optimizer, self.parameters)
         return {
             **{WEIGHTS + name: t for name, t in live_weights(self.parameters).items()},
-            **{
-                f"{MOMENTS}{name}/{key}": value.to("cpu")
-                for name, parameter in self.parameters.items()
-                for key, value in self.optimizer.state[parameter].items()
-            },
+            **{MOMENTS + name: t for name, t in moments.items()},
+            **{EMA + name: t.to("cpu") for name, t in self.ema.items()},
         }
 
     def backward(self, loss: Tensor) -> None:
@@ -122,7 +125,9 @@ class Proxy:
         self.scaler.unscale_(self.optimizer)
         if scale != 1:
             for parameter in self.parameters.values():
-                parameter.grad *= scale
+                # None where the loss does not depend on it, as at the end of SDXL's text encoder.
+                if parameter.grad is not None:
+                    parameter.grad *= scale
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
         return self.scaler.is_enabled() or bool(norm.isfinite())
 
@@ -131,7 +136,7 @@ class Proxy:
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self) -> bool:
-        """One update of optimizer and schedule by the gradient.
+        """One update of optimizer, schedule and moving average by the gradient.
 
         Returns False if there was none, since an fp16 gradient overflowed and the loss scale was
         lowered instead.
@@ -141,7 +146,7 @@ class Proxy:
         self.scaler.update()
         updated = self.scaler.get_scale() >= scale
         if updated:
-            self.lr_scheduler.step()
+            self._count_update()
         self.drop_gradient()
         return updated
 
@@ -151,23 +156,31 @@ class Proxy:
             parameter.grad = torch.zeros_like(parameter)
         # Past the loss scale, which has nothing to say of a zero.
         self.optimizer.step()
-        self.lr_scheduler.step()
+        self._count_update()
         self.drop_gradient()
+
+    def _count_update(self) -> None:
+        """What follows the optimizer; the schedule counts the updates of all rounds."""
+        self.lr_scheduler.step()
+        ema.follow(self.ema, self.parameters, self.lr_scheduler.last_epoch, self._foreach_ema)
+
+
+def parameter_groups(
+    parameters: Mapping[str, Parameter], learning_rate: float, text_encoder_lr: float
+) -> list[dict[str, Any]]:
+    """The optimizer's groups: the UNet's parameters, then those of text encoders, if any."""
+    groups = []
+    for of_text, rate in ((False, learning_rate), (True, text_encoder_lr)):
+        # A list: whatever goes through an iterator a second time finds nothing there.
+        chosen = [p for name, p in parameters.items() if of_text_encoder(name) is of_text]
+        if chosen:
+            groups.append({"params": chosen, "lr": rate})
+    return groups
 
 
 def live_weights(parameters: Mapping[str, Parameter]) -> Tensors:
     """A copy of the parameters on the CPU."""
     return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
-
-
-def no_moments(parameters: Mapping[str, Parameter]) -> Tensors:
-    """The moments of a new optimizer."""
-    moments = {}
-    for name, parameter in parameters.items():
-        moments[f"{name}/step"] = torch.tensor(0.0)
-        moments[f"{name}/exp_avg"] = torch.zeros_like(parameter)
-        moments[f"{name}/exp_avg_sq"] = torch.zeros_like(parameter)
-    return moments
 
 
 @torch.no_grad()
@@ -177,6 +190,24 @@ def copy_into(parameters: Mapping[str, Parameter], weights: Mapping[str, Tensor]
         parameter.copy_(weights[name])
 
 
+@contextmanager
+def averaged(
+    parameters: Mapping[str, Parameter], average: Tensors, weights: Tensors
+) -> Iterator[None]:
+    """The live parameters hold ``average`` meanwhile, if there is one, and then ``weights``."""
+    if average:
+        copy_into(parameters, average)
+    try:
+        yield
+    finally:
+        if average:
+            copy_into(parameters, weights)
+
+
 def part(tensors: Tensors, prefix: str) -> Tensors:
     """The tensors of names with ``prefix``, by names without it."""
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _copies(tensors: Tensors) -> Tensors:
+    return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -18,10 +18,10 @@ from torch.nn import Parameter
 
 from iet_sd.config import Config
 from iet_sd.data.dataset import TrainingImages, loader
-from iet_sd.data.shards import visits
+from iet_sd.data.shards import batches
 from iet_sd.engine import collectives
 from iet_sd.engine.objective import Objective
-from iet_sd.engine.proxy import MOMENTS, WEIGHTS, Proxy, copy_into, live_weights, part
+from iet_sd.engine.proxy import EMA, MOMENTS, WEIGHTS, Proxy, copy_into, live_weights, part
 from iet_sd.engine.state import Event, Progress, RoundDone, ShardDone, State, StepDone
 from iet_sd.engine.step import Counts, accumulate_gradient
 from iet_sd.engine.store import Store, Tensors
@@ -61,9 +61,8 @@ class Trainer:
     def start(self, shard_of_N: Tensor, store: Store | None = None) -> State:
         """The state before the first round; proxies wait in ``store``, by default in memory."""
         method, training = self.config.method, self.config.training
-        rate = training.learning_rate
-        if training.scale_lr:
-            rate *= training.samples_per_update
+        scale = training.samples_per_update if training.scale_lr else 1
+        text_encoder_lr = training.text_encoder_lr or training.learning_rate
         store = {} if store is None else store
         proxies = {
             shard: Proxy(
@@ -71,7 +70,8 @@ class Trainer:
                 store,
                 self.parameters,
                 training,
-                rate,
+                training.learning_rate * scale,
+                text_encoder_lr * scale,
                 self.steps_per_round * method.num_rounds,
                 method.bank_bins,
                 self.device,
@@ -79,7 +79,9 @@ class Trainer:
             for shard in range(self.process_index, method.num_shards, self.num_processes)
         }
         weights = live_weights(self.parameters)
-        return State(0, weights, {}, {}, shard_of_N, torch.zeros_like(shard_of_N), proxies)
+        skips_N = torch.zeros_like(shard_of_N)
+        ema = dict(weights) if training.use_ema else {}
+        return State(0, weights, {}, {}, shard_of_N, skips_N, proxies, ema=ema)
 
     def run(self, state: State) -> Iterator[Event]:
         """Train from ``state`` to the last round; the live model then has the final weights."""
@@ -139,14 +141,19 @@ class Trainer:
         proxy, began = state.proxies[shard], time.perf_counter() - progress.seconds
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        proxy.enter(state.weights, state.moments)
+        proxy.enter(state.weights, state.moments, state.ema)
         members = (state.shard_of_N == shard).nonzero().flatten().tolist()
-        batches = loader(
+        loaded = loader(
             self.dataset,
-            visits(
-                self.seed, round, shard, members, start=total.steps * training.samples_per_update
+            batches(
+                self.seed,
+                round,
+                shard,
+                self.dataset.source.repeated(members),
+                training.train_batch_size,
+                self.dataset.source.sizes,
+                start=total.steps * training.gradient_accumulation_steps,
             ),
-            training.train_batch_size,
             training.dataloader_num_workers,
             pin_memory=self.device.type == "cuda",
         )
@@ -157,12 +164,12 @@ class Trainer:
             torch.manual_seed(seed_for(self.seed, "dropout", round, shard, total.steps))
             step = total.steps + 1
             on_nonfinite = partial(self._on_nonfinite, f"{round}, shard {shard}, step {step}")
-            counts = self._step(proxy, batches, progress.new_skips_N, on_nonfinite)
+            counts = self._step(proxy, loaded, progress.new_skips_N, on_nonfinite)
             total += counts
             progress.seconds = time.perf_counter() - began
             loss = counts.loss_sum / counts.scored if counts.scored else math.nan
             yield StepDone(round, shard, self.steps_done(total), loss, proxy.learning_rate)
-        batches.close()
+        loaded.close()
         peak, seconds = peak_memory(self.device), time.perf_counter() - began
         done = ShardDone(round, shard, len(members), total, proxy.learning_rate, seconds, peak)
         yield done
@@ -190,7 +197,7 @@ class Trainer:
     def _step(
         self,
         proxy: Proxy,
-        batches: Iterator[dict[str, Tensor]],
+        loaded: Iterator[dict[str, Tensor]],
         new_skips_N: Tensor,
         on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
     ) -> Counts:
@@ -200,12 +207,13 @@ class Trainer:
         for _ in range(self.config.training.gradient_accumulation_steps):
             done = accumulate_gradient(
                 self.objective,
-                next(batches),
+                next(loaded),
                 proxy.memory,
                 method,
                 self.dataset,
                 lambda loss: proxy.backward(loss / per_update),
                 on_nonfinite,
+                self.config.training.train_batch_size,
             )
             counts += done.counts
             trained += done.trained
@@ -248,6 +256,10 @@ class Trainer:
         means = {WEIGHTS: AdapterMean(share_K, self.lora_pairs, refactor)}
         if method.proxy_optimizer == "average":
             means[MOMENTS] = MomentMean(share_K, (training.adam_beta1, training.adam_beta2))
+        if state.ema and refactor:
+            means[EMA] = AdapterMean(share_K, self.lora_pairs, refactor)
+        elif state.ema:
+            means[EMA] = StreamingMean(share_K)
         return means
 
     def _aggregate(self, state: State, means: dict[str, StreamingMean]) -> float | None:
@@ -272,4 +284,6 @@ class Trainer:
         state.weights = average
         if MOMENTS in means:
             state.moments = means[MOMENTS].result()
+        if EMA in means:
+            state.ema = means[EMA].result()
         return max(gaps.values(), default=None)

@@ -4,7 +4,6 @@ meta device, where tensors have a shape and nothing else.
 
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,39 +12,57 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig
 
-TOKENS = 77
-"""Of a caption, as Stable Diffusion has it."""
+from iet_sd.config import ModelConfig
+from iet_sd.models.family import whole_image
+from iet_sd.models.finding import find_folder, find_vae
+from iet_sd.models.layout import family_in, locate
+from iet_sd.models.loading import Components
+from iet_sd.models.tokens import INPUT_IDS
 
 
-def meta_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet of a pipeline folder."""
+def meta_components(config: ModelConfig, cache_dir: str | None) -> Components:
+    """The networks of a model, frozen; its weights need not be there."""
+    folder = find_folder(config, cache_dir, weights=False)
+    vae_folder = find_vae(config, folder, cache_dir, weights=False)
+    family = family_in(folder, config.pretrained_model_name_or_path)
+    vae, _ = locate("vae", folder, None, vae_folder)
     with torch.device("meta"):
-        settings = UNet2DConditionModel.load_config(folder, subfolder="unet")
-        return UNet2DConditionModel.from_config(settings).requires_grad_(False)
+        texts = {
+            name: cls(CLIPTextConfig.from_pretrained(folder, subfolder=name))
+            for name, cls in family.text_encoders.items()
+        }
+        parts = Components(
+            family=family,
+            **dict.fromkeys(family.tokenizers),
+            **texts,
+            vae=AutoencoderKL.from_config(AutoencoderKL.load_config(vae)),
+            unet=UNet2DConditionModel.from_config(
+                UNet2DConditionModel.load_config(folder, subfolder="unet")
+            ),
+            noise_scheduler=None,
+            source=config.pretrained_model_name_or_path,
+            folder=folder,
+            vae_folder=vae_folder,
+        )
+    for network in (parts.unet, parts.vae, *parts.text_encoders):
+        network.requires_grad_(False)
+    return parts
 
 
-def meta_vae(folder: Path) -> AutoencoderKL:
-    """The VAE of a pipeline folder."""
-    with torch.device("meta"):
-        return AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
+def frozen_parameters(*models: torch.nn.Module) -> int:
+    """Numbers that models hold as parameters and that are not trained."""
+    return sum(p.numel() for model in models for p in model.parameters() if not p.requires_grad)
 
 
-def meta_text_encoder(folder: Path) -> CLIPTextModel:
-    """The text encoder of a pipeline folder."""
-    with torch.device("meta"):
-        return CLIPTextModel(CLIPTextConfig.from_pretrained(folder, subfolder="text_encoder"))
+def forward_cost(parts: Components, size: int) -> tuple[int, int]:
+    """Arithmetic (FLOP) of one sample's forward pass, and bytes of fp32 kept for the backward.
 
-
-def parameters_of(*models: torch.nn.Module) -> int:
-    """Numbers that models hold as parameters."""
-    return sum(p.numel() for model in models for p in model.parameters())
-
-
-def forward_cost(unet: UNet2DConditionModel, size: int) -> tuple[int, int]:
-    """Arithmetic (FLOP) of one sample's forward pass, and bytes of fp32 kept for the backward."""
-    weights = {p.untyped_storage()._cdata for p in unet.parameters()}
+    Of the UNet on latents of ``size``, and of text encoders that are trained.
+    """
+    networks = (parts.unet, *parts.text_encoders)
+    weights = {p.untyped_storage()._cdata for network in networks for p in network.parameters()}
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -56,13 +73,25 @@ def forward_cost(unet: UNet2DConditionModel, size: int) -> tuple[int, int]:
         return tensor
 
     alive: list[Tensor] = []  # so that no storage's address is used again
-    text = torch.empty(1, TOKENS, unet.config.cross_attention_dim, device="meta")
-    latents = torch.empty(1, unet.config.in_channels, size, size, device="meta")
+    latents = torch.empty(1, parts.unet.config.in_channels, size, size, device="meta")
+    condition = _condition(parts)
     unchanged: Callable[[Tensor], Tensor] = lambda tensor: tensor  # noqa: E731
     hooks = torch.autograd.graph.saved_tensors_hooks(note, unchanged)
     with FlopCounterMode(display=False) as counter, hooks:
-        unet(latents, torch.zeros(1, device="meta"), text)
+        if any(p.requires_grad for encoder in parts.text_encoders for p in encoder.parameters()):
+            condition = _condition(parts)
+        parts.unet(latents, torch.zeros(1, device="meta"), **condition)
     return counter.get_total_flops(), sum(kept.values())
+
+
+def _condition(parts: Components) -> dict[str, Any]:
+    """What the UNet is told of one sample, whose caption is as long as they get."""
+    tokens = {
+        name: torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64)
+        for name, encoder in zip(INPUT_IDS, parts.text_encoders, strict=False)
+    }
+    batch = tokens | whole_image(0, 1)
+    return parts.family.condition(parts, {name: t.to("meta") for name, t in batch.items()})
 
 
 def peak_of(call: Callable[[], Any]) -> int:

@@ -1,6 +1,7 @@
 """What training changes, and the events it tells of."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -93,3 +94,8 @@ class State:
     """None between rounds."""
     history: list[RoundDone] = field(default_factory=list)
     """Of all rounds done."""
+    ema: Tensors = field(default_factory=dict)
+    """The moving average of the weights after the last aggregation, if there is one."""
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    """What was measured of the model after rounds, as JSON; on the main process. Training does not
+    look at it."""

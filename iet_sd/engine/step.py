@@ -6,6 +6,7 @@ with a second, augmented pass for samples near the threshold -> gradient. No I/O
 augmented images, no collective, no optimizer. Shapes: B samples of a batch, Q of the second pass.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
@@ -142,11 +143,13 @@ def accumulate_gradient(
     dataset: TrainingImages,
     backward: Callable[[Tensor], None],
     on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
+    batch_size: int = 0,
 ) -> Outcome:
     """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
     ``memory`` is updated. A pass with a loss that is not finite is left out, the bank included, if
     ``on_nonfinite`` returns: it is told "loss", and index and timestep of the samples.
+    ``batch_size`` is that of a full batch, if this one may be smaller.
     """
     timesteps_B = objective.draw_timesteps(batch["seed"].tolist(), "score/timestep")
     size = len(timesteps_B)
@@ -155,7 +158,8 @@ def accumulate_gradient(
     with torch.set_grad_enabled(trains_directly):
         loss_B = objective.loss(batch, timesteps_B, "score")
     seen_B = loss_B.detach().cpu()
-    counts = Counts(steps=1, forward=size, encoded=size)
+    passes = objective.forward_passes
+    counts = Counts(steps=1, forward=size * passes, encoded=size)
     samples = list(zip(batch["index"].tolist(), timesteps_B.tolist(), strict=True))
     # A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
     if bad := chosen(samples, ~seen_B.isfinite()):
@@ -170,7 +174,7 @@ def accumulate_gradient(
         Pending(*samples[i], int(batch["seed"][i]), float(decision.strength_B[i]))
         for i in decision.second_pass_B.nonzero().flatten().tolist()
     ]
-    taken, counts.dropped = take(memory.queue, size, method.taa_leftovers)
+    taken, counts.dropped = take(memory.queue, max(size, batch_size), method.taa_leftovers)
     direct_B = decision.keep_B & ~decision.second_pass_B
     trained = chosen(samples, direct_B)
     counts.scored = size
@@ -185,7 +189,7 @@ def accumulate_gradient(
         # After the first graph is freed, so that two passes need the memory of one.
         del loss_B
         loss_Q, samples = augmented_loss(objective, taken, method, dataset)
-        counts.forward += len(taken)
+        counts.forward += len(taken) * passes
         counts.encoded += len(taken)
         if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
             on_nonfinite("loss", bad)
@@ -205,23 +209,26 @@ def augmented_loss(
 ) -> tuple[Tensor, list[tuple[int, int]]]:
     """The loss of the samples on augmented images, with new noise, weighted: float32 (Q,).
 
-    And the index and timestep of each.
+    And the index and timestep of each, in the same order: that of ``taken``, but images of one size
+    together, since they are one batch.
     """
     strength_Q = torch.tensor([pending.strength for pending in taken])
     magnitude_Q = taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength)
-    batch = collate(
-        [
-            dataset.example(Visit(p.index, p.seed), magnitude, method.taa_num_ops)
-            for p, magnitude in zip(taken, magnitude_Q, strict=True)
-        ]
-    )
-    if method.taa_redraw_timestep:
-        timesteps_Q = objective.draw_timesteps(batch["seed"].tolist(), "augmented/timestep")
-    else:
-        timesteps_Q = torch.tensor([pending.timestep for pending in taken])
-    loss_Q = objective.loss(batch, timesteps_Q, "augmented")
-    samples = list(zip(batch["index"].tolist(), timesteps_Q.tolist(), strict=True))
-    return objective.weight(loss_Q, timesteps_Q), samples
+    by_size = defaultdict(list)
+    for p, magnitude in zip(taken, magnitude_Q, strict=True):
+        example = dataset.example(Visit(p.index, p.seed), magnitude, method.taa_num_ops)
+        by_size[example["target_size"]].append((p, example))
+    losses, samples = [], []
+    for same in by_size.values():
+        batch = collate([example for _, example in same])
+        if method.taa_redraw_timestep:
+            timesteps = objective.draw_timesteps(batch["seed"].tolist(), "augmented/timestep")
+        else:
+            timesteps = torch.tensor([p.timestep for p, _ in same])
+        loss = objective.loss(batch, timesteps, "augmented")
+        losses.append(objective.weight(loss, timesteps))
+        samples += zip(batch["index"].tolist(), timesteps.tolist(), strict=True)
+    return torch.cat(losses), samples
 
 
 def chosen(samples: list[tuple[int, int]], mask_B: Tensor) -> list[tuple[int, int]]:

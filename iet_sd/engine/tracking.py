@@ -1,11 +1,13 @@
 """metrics.jsonl: what every shard did in every round, one JSON object a line.
 
-Per round: one line a shard (``"kind": "shard"``), then one for the round (``"kind": "round"``).
+Per round: one line a shard (``"kind": "shard"``), one for the round (``"kind": "round"``), and one
+of what was measured after it, if anything was (``"kind": "probe"``, from round 0 on). At the end
+the round to keep (``"kind": "recommendation"``).
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,25 +77,33 @@ def round_lines(event: RoundDone) -> list[dict[str, Any]]:
 class MetricsFile:
     """Appends the lines of a round at once; for the main process only."""
 
-    def __init__(self, path: Path, history: Sequence[RoundDone]) -> None:
-        """Write the lines of the rounds that are done, and of no others."""
+    def __init__(
+        self, path: Path, history: Sequence[RoundDone], probes: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Write the lines of the rounds that are done, and of no others; ``probes`` are lines."""
         self._path = path
-        self.lines = [line for event in history for line in round_lines(event)]
+        lines = [line for event in history for line in round_lines(event)]
+        # The sort is stable: a probe comes after its round.
+        self.lines = sorted([*lines, *probes], key=lambda line: line["round"])
         """All that is in the file."""
         write_text_atomic(path, _text(self.lines))
 
     def add(self, event: RoundDone) -> list[dict[str, Any]]:
         """Write the round's lines, and return them."""
         lines = round_lines(event)
+        self.append(*lines)
+        return lines
+
+    def append(self, *lines: dict[str, Any]) -> None:
+        """Write further lines."""
         with self._path.open("a") as file:
             file.write(_text(lines))
             file.flush()
             os.fsync(file.fileno())
         self.lines += lines
-        return lines
 
 
-def _text(lines: list[dict[str, Any]]) -> str:
+def _text(lines: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 

@@ -1,7 +1,9 @@
-"""What is trained: all weights of the UNet, or low-rank factors beside some of its layers (LoRA).
+"""What is trained: all weights of the UNet, or low-rank factors beside some of its layers (LoRA);
+and the same of the text encoders, if asked for.
 
-LoRA (arXiv 2106.09685): a layer's output W x becomes W x + (alpha / rank) B A x, with B = 0 at
-the start, so training starts from the model itself.
+LoRA (arXiv 2106.09685): a layer's weight W becomes V = W + (alpha / rank) B A, with B = 0 at the
+start, so training starts from the model itself. DoRA (arXiv 2402.09353): each row of V is brought
+to a length of its own, which is trained too and starts at that of the row of W.
 """
 
 from collections.abc import Iterable
@@ -10,55 +12,119 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
+from iet_sd.models.family import FAMILIES
 from iet_sd.models.loading import Components
+
+UNET = "unet"
+TEXT_ENCODERS = {name for family in FAMILIES.values() for name in family.text_encoders}
+ADAPTER = "default"
+"""Name of the adapter that is trained."""
+_TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""As diffusers' scripts have them."""
 
 
 def make_trainable(
     components: Components, config: ModelConfig, seed: int
 ) -> dict[str, torch.nn.Parameter]:
-    """Unfreeze the UNet or add an adapter; returns names and trainable parameters, in order.
+    """Unfreeze what is trained or add adapters; returns names and trainable parameters, in order.
 
-    They are fp32 whatever the UNet's own dtype, since small updates vanish in 16 bits. The initial
-    A depends on ``seed`` alone, and the global random state stays as it was.
+    Names are those of the UNet; a text encoder's begin with ``text_encoder.`` or
+    ``text_encoder_2.``. All are fp32 whatever the model's own dtype, since small updates vanish in
+    16 bits. The initial A depends on ``seed`` alone, and the global random state stays as it was.
     Errors: `UserError` for a LoRA target that no layer of the UNet matches.
     """
-    unet = components.unet
+    modules = trained_modules(components, config)
     if config.train_mode == "lora":
-        _add_lora(unet, config, seed)
-    else:
-        unet.requires_grad_(True)
-    cast_training_params(unet, torch.float32)
-    if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    return {name: p for name, p in unet.named_parameters() if p.requires_grad}
+        _add_lora(modules, config, seed)
+    for module in modules.values():
+        if config.train_mode == "full":
+            module.requires_grad_(True)
+        cast_training_params(module, torch.float32)
+        if config.gradient_checkpointing:
+            _recompute_activations(module)
+        module.train()
+    return {
+        (name if part == UNET else f"{part}.{name}"): parameter
+        for part, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def trained_modules(components: Components, config: ModelConfig) -> dict[str, torch.nn.Module]:
+    """The networks that training changes, by the names of their parts; the UNet comes first."""
+    texts = components.family.text_encoders if config.train_text_encoder else ()
+    return {part: getattr(components, part) for part in (UNET, *texts)}
+
+
+def of_text_encoder(name: str) -> bool:
+    """Whether a parameter name of `make_trainable` is one of a text encoder."""
+    return name.partition(".")[0] in TEXT_ENCODERS
+
+
+def is_trained(module: torch.nn.Module) -> bool:
+    """Whether any of a network's weights is trained."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def adapter_layers(module: torch.nn.Module) -> dict[str, LoraLayer]:
+    """The layers of a network that have an adapter, by name."""
+    return {name: m for name, m in module.named_modules() if isinstance(m, LoraLayer)}
 
 
 def lora_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """The (A, B) pairs among parameter names of `make_trainable`: the factors of one layer each."""
+    """The (A, B) pairs among parameter names of `make_trainable`: the factors of one layer each.
+
+    The lengths of DoRA are in no pair.
+    """
     names = list(names)
     pairs = [(a, a.replace(".lora_A.", ".lora_B.")) for a in names if ".lora_A." in a]
-    assert {name for pair in pairs for name in pair} == {n for n in names if ".lora_" in n}
+    assert {b for _, b in pairs} == {name for name in names if ".lora_B." in name}
     return pairs
 
 
-def _add_lora(unet: UNet2DConditionModel, config: ModelConfig, seed: int) -> None:
+def _add_lora(modules: dict[str, torch.nn.Module], config: ModelConfig, seed: int) -> None:
     """Adapters on the target layers: A normal with deviation 1 / rank, B zero."""
-    _check_targets(unet, config.lora_target_modules)
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha or config.rank,
-        lora_dropout=config.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=list(config.lora_target_modules),
-    )
+    _check_targets(modules[UNET], config.lora_target_modules)
     # The draws happen on the CPU; torch.manual_seed would also set the GPUs' generators.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        unet.add_adapter(lora)
+        for part, module in modules.items():
+            targets = config.lora_target_modules if part == UNET else _TEXT_ENCODER_TARGETS
+            lora = LoraConfig(
+                r=config.rank,
+                lora_alpha=config.lora_alpha or config.rank,
+                lora_dropout=config.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=list(targets),
+                use_dora=config.use_dora,
+            )
+            module.add_adapter(lora, adapter_name=ADAPTER)
+            # transformers writes down the folder that the model came from.
+            module.peft_config[ADAPTER].base_model_name_or_path = None
+            if config.use_dora:
+                _measure_rows(module)
+
+
+@torch.no_grad()
+def _measure_rows(module: torch.nn.Module) -> None:
+    """Start DoRA's lengths at those of the rows of W; peft rounds them to the dtype of W."""
+    for layer in adapter_layers(module).values():
+        lengths = layer.lora_magnitude_vector[ADAPTER].weight
+        weight = layer.get_base_layer().weight.float()
+        lengths.data = torch.linalg.norm(weight.flatten(1), dim=1).view_as(lengths)
+
+
+def _recompute_activations(module: torch.nn.Module) -> None:
+    """Gradient checkpointing, as diffusers and transformers have it."""
+    if isinstance(module, UNet2DConditionModel):
+        module.enable_gradient_checkpointing()
+    else:
+        module.activation_checkpointing_enable()
 
 
 def _check_targets(unet: UNet2DConditionModel, targets: tuple[str, ...]) -> None:

@@ -4,7 +4,6 @@ All that can be told from names, configs and file headers, so before any weights
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +11,23 @@ from safetensors import SafetensorError, safe_open
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
+from iet_sd.models.family import FAMILIES, OPTIONAL, PARTS, Family
 
-PIPELINE = "StableDiffusionPipeline"
 INDEX = "model_index.json"
 SINGLE_FILE = (".safetensors", ".ckpt")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a pipeline: files of its folder, and the classes we can work with (empty: any)."""
-
-    config: str
-    weights: str | None = None
-    classes: tuple[str, ...] = ()
-
-
-REQUIRED = {
-    "unet": Part("config.json", "diffusion_pytorch_model", ("UNet2DConditionModel",)),
-    "vae": Part("config.json", "diffusion_pytorch_model", ("AutoencoderKL",)),
-    "text_encoder": Part("config.json", "model", ("CLIPTextModel",)),
-    "tokenizer": Part("tokenizer_config.json", None, ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "scheduler": Part("scheduler_config.json"),
-}
-# Not used in training: they go into the result as they are.
-OPTIONAL = {
-    "safety_checker": Part("config.json", "model"),
-    "feature_extractor": Part("preprocessor_config.json"),
-    "image_encoder": Part("config.json", "model"),
-}
-PARTS = REQUIRED | OPTIONAL
+def family_in(folder: Path, name: str) -> Family:
+    """The family of the pipeline in ``folder``; `UserError`, calling it ``name``, if unknown."""
+    pipeline = read_json(folder / INDEX).get("_class_name")
+    if pipeline not in FAMILIES:
+        known = " and ".join(f"{f.title} ({cls})" for cls, f in FAMILIES.items())
+        raise UserError(
+            f"{name} is a {pipeline}; supported are {known}: the text-to-image models, no refiner, "
+            "inpainting, or ControlNet, and no Stable Diffusion 3 or Flux."
+        )
+    return FAMILIES[pipeline]
 
 
 def parts_of(folder: Path) -> dict[str, str]:
@@ -60,10 +46,20 @@ def weights_file(part: str, variant: str | None) -> str | None:
     return stem and ".".join(filter(None, (stem, variant, "safetensors")))
 
 
+def locate(
+    part: str, folder: Path, variant: str | None, vae: Path | None = None
+) -> tuple[Path, str | None]:
+    """Folder and variant of a part of the pipeline in ``folder``.
+
+    ``vae``: folder of another VAE, without variant, that takes the place of the pipeline's own.
+    """
+    return (vae, None) if part == "vae" and vae is not None else (folder / part, variant)
+
+
 def download_patterns(variant: str | None, weights: bool = True) -> list[str]:
     """Files of a Hub repository that make up its pipeline: one format and variant of weights."""
     files = {f"{name}/{file}" for name in PARTS if (file := weights_file(name, variant))}
-    return [INDEX, "*/*.json", "tokenizer/*.txt", *(sorted(files) if weights else [])]
+    return [INDEX, "*/*.json", "tokenizer*/*.txt", *(sorted(files) if weights else [])]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> None:
-    """`UserError` unless ``folder`` holds a whole SD 1.x or 2.x pipeline that we can train.
+    """`UserError` unless ``folder`` holds a whole pipeline of a family that we can train.
 
     Without ``weights`` all but these must be there.
     """
@@ -89,44 +85,75 @@ def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> Non
         raise UserError(
             f"{name} is no pipeline folder: expected {INDEX} in it, {_found(folder)}. {advice}"
         )
-    _check_classes(folder, name)
+    family = family_in(folder, name)
+    _check_classes(folder, name, family)
     for part in parts_of(folder):
         _check_part(folder / part, part, config)
         if weights and (file := weights_file(part, config.variant)):
             _check_weights(folder / part / file, part, config)
-    _check_channels(folder, name)
+    check_channels(folder / "unet", folder / "vae", name)
+    _check_micro_conditioning(folder, name, family)
     _check_prediction_type(folder, config)
 
 
-def convert_hint(source: str) -> str:
-    """How to turn weights of another format into a pipeline folder."""
-    call = (
-        f"from_single_file('{source}')"
-        if source.endswith(SINGLE_FILE)
-        else f"from_pretrained('{source}', use_safetensors=False)"
-    )
-    return (
-        "Only pipeline folders with safetensors weights are read; convert with "
-        f'python -c "from diffusers import {PIPELINE}; '
-        f"{PIPELINE}.{call}.save_pretrained('new_folder')\""
-    )
-
-
-def _check_classes(folder: Path, name: str) -> None:
-    """The pipeline and its parts must be those of Stable Diffusion 1.x and 2.x."""
-    pipeline = read_json(folder / INDEX).get("_class_name")
-    if pipeline != PIPELINE:
+def check_vae(folder: Path, name: str, weights: bool = True) -> None:
+    """`UserError` unless ``folder`` holds a VAE by itself; without ``weights``, its config."""
+    part, file = PARTS["vae"], weights_file("vae", None)
+    if not all((folder / wanted).is_file() for wanted in [part.config, *[file] * weights]):
         raise UserError(
-            f"{name} is a {pipeline}; supported are Stable Diffusion 1.x and 2.x ({PIPELINE})."
+            f"--pretrained_vae_model_name_or_path {name}: expected {part.config} and {file} of a "
+            f"VAE in it, {_found(folder)}. Give a folder as vae/ in a pipeline, without variant."
         )
-    found = parts_of(folder)
-    for part, expected in REQUIRED.items():
+    found = read_json(folder / part.config).get("_class_name")
+    if found not in part.classes:
+        raise UserError(
+            f"--pretrained_vae_model_name_or_path {name} is a {found}; supported is "
+            f"{' or '.join(part.classes)}."
+        )
+    if weights:
+        _check_header(folder / file)
+
+
+def check_channels(unet: Path, vae: Path, name: str) -> None:
+    """The UNet must take latents alone: inpainting and depth models take more channels."""
+    channels = read_json(unet / "config.json").get("in_channels", 4)
+    config = read_json(vae / "config.json")
+    latents = config.get("latent_channels", 4)
+    if channels != latents:
+        raise UserError(
+            f"{name}: its UNet takes {channels} channels, its VAE makes {latents}. Supported are "
+            "text-to-image models; this may be one for inpainting, depth or upscaling."
+        )
+    if config.get("latents_mean") is not None:
+        raise UserError(
+            f"{name}: its VAE's config has latents_mean; supported are latents that are scaled by "
+            "scaling_factor alone."
+        )
+
+
+def convert_hint(source: str, single_file_class: str = "StableDiffusionPipeline") -> str:
+    """How to turn weights of another format into a folder."""
+    cls, call = "DiffusionPipeline", f"from_pretrained('{source}', use_safetensors=False)"
+    if source.endswith(SINGLE_FILE):
+        cls, call = single_file_class, f"from_single_file('{source}')"
+    return (
+        "Only folders with safetensors weights are read; convert with "
+        f"python -c \"from diffusers import {cls}; {cls}.{call}.save_pretrained('new_folder')\""
+    )
+
+
+def _check_classes(folder: Path, name: str, family: Family) -> None:
+    """The pipeline must have the parts of its family, and these of classes that we can train."""
+    found, pipeline = parts_of(folder), family.pipeline.__name__
+    for part, expected in family.required.items():
         if part not in found:
-            raise UserError(f"{name}: {INDEX} names no {part}; a {PIPELINE} needs one.")
+            raise UserError(
+                f"{name}: {INDEX} names no {part}; a {pipeline} needs one.{family.lacking}"
+            )
         if expected.classes and found[part] not in expected.classes:
             raise UserError(
-                f"{name}: its {part} is a {found[part]}; supported are Stable Diffusion 1.x and "
-                f"2.x, with {' or '.join(expected.classes)}."
+                f"{name}: its {part} is a {found[part]}; supported is {family.title}, "
+                f"with {' or '.join(expected.classes)}."
             )
 
 
@@ -138,7 +165,7 @@ def _check_part(folder: Path, part: str, config: ModelConfig) -> None:
             f"{missing} there is no {part}/{PARTS[part].config} ({_found(folder)}). Get the whole "
             f"pipeline{f', or set {part} to [null, null] there' if part in OPTIONAL else ''}."
         )
-    if part == "tokenizer" and not (
+    if part.startswith("tokenizer") and not (
         (folder / "tokenizer.json").is_file()
         or ((folder / "vocab.json").is_file() and (folder / "merges.txt").is_file())
     ):
@@ -166,6 +193,11 @@ def _check_weights(path: Path, part: str, config: ModelConfig) -> None:
         else:
             advice = convert_hint(name)
         raise UserError(f"{name}: expected {part}/{path.name}, {_found(path.parent)}. {advice}.")
+    _check_header(path)
+
+
+def _check_header(path: Path) -> None:
+    """The file must be whole."""
     try:
         with safe_open(path, framework="pt"):
             pass
@@ -176,19 +208,26 @@ def _check_weights(path: Path, part: str, config: ModelConfig) -> None:
         ) from error
 
 
-def _check_channels(folder: Path, name: str) -> None:
-    """The UNet must take latents alone: inpainting and depth models take more channels."""
-    channels = read_json(folder / "unet" / "config.json").get("in_channels", 4)
-    latents = read_json(folder / "vae" / "config.json").get("latent_channels", 4)
-    if channels != latents:
+def _check_micro_conditioning(folder: Path, name: str, family: Family) -> None:
+    """The UNet must take what its family is told besides captions: sizes, or nothing."""
+    unet = read_json(folder / "unet" / "config.json")
+    expected = None
+    if family.time_ids:
+        pooled = read_json(folder / list(family.text_encoders)[-1] / "config.json")
+        each = unet.get("addition_time_embed_dim") or 0
+        expected = pooled.get("projection_dim", 512) + family.time_ids * each
+    kind, width = (
+        unet.get(key) for key in ("addition_embed_type", "projection_class_embeddings_input_dim")
+    )
+    if (kind, width) != ("text_time" if expected else None, expected):
         raise UserError(
-            f"{name}: its UNet takes {channels} channels, its VAE makes {latents}. Supported are "
-            "text-to-image models; this may be one for inpainting, depth or upscaling."
+            f"{name}: its UNet has addition_embed_type {kind} of width {width}; supported is "
+            f"{family.title}, with {expected}."
         )
 
 
 def _check_prediction_type(folder: Path, config: ModelConfig) -> None:
-    scheduler = read_json(folder / "scheduler" / REQUIRED["scheduler"].config)
+    scheduler = read_json(folder / "scheduler" / PARTS["scheduler"].config)
     found = config.prediction_type or scheduler.get("prediction_type", "epsilon")
     if found not in PREDICTION_TYPES:
         raise UserError(

@@ -1,89 +1,43 @@
-"""Loading: from the name of a model to its parts, each in the precision that training wants.
+"""Loading: from the files of a model to its parts, each in the precision that training wants.
 
 Frozen parts are loaded in the dtype of the forward pass; weights that will be trained as they are
-(the UNet in full mode) in fp32. Every call names its dtype: the libraries' own defaults differ
+(in full mode) in fp32. Every call names its dtype: the libraries' own defaults differ
 (transformers takes the stored one, diffusers fp32).
 """
 
+import inspect
 import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     SchedulerMixin,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
+from torch import Tensor
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
 )
-from huggingface_hub.utils import validate_repo_id
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
-from iet_sd.models.layout import (
-    SINGLE_FILE,
-    check_folder,
-    convert_hint,
-    download_patterns,
-    parts_of,
-)
+from iet_sd.models.family import PARTS, Family
+from iet_sd.models.finding import find_folder, find_unet, find_vae
+from iet_sd.models.layout import INDEX, family_in, locate, parts_of, read_json
 from iet_sd.models.tokens import Tokenize
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=torch.nn.Module)
-
-
-def check_model(config: ModelConfig, weights: bool = True) -> None:
-    """`UserError` for what can be known to fail before weights are loaded; asks no network.
-
-    Without ``weights`` they need not even be there.
-    """
-    name = config.pretrained_model_name_or_path
-    path = Path(name).expanduser()
-    if path.is_dir():
-        check_folder(path, config, weights)
-    elif path.is_file() or name.endswith(SINGLE_FILE):
-        problem = "is a single file" if path.is_file() else "is no folder, and no such file exists"
-        raise UserError(f"{name} {problem}. {convert_hint(name)}")
-    elif name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise UserError(
-            f"There is no folder {name}. Expected a pipeline folder, or a model id on the Hub "
-            "such as name/model."
-        )
-    else:
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise UserError(
-                f"{name!r} is neither a folder here nor a valid model id on the Hub: {error}"
-            ) from error
-
-
-def find_folder(config: ModelConfig, cache_dir: str | None, weights: bool = True) -> Path:
-    """Where the checked pipeline lies; fetched where it is on the Hub and not here yet.
-
-    Without ``weights`` all but these.
-    Errors: `UserError` for a model that isn't there, can't be reached, or isn't SD 1.x or 2.x.
-    """
-    check_model(config, weights)
-    folder = Path(config.pretrained_model_name_or_path).expanduser()
-    if not folder.is_dir():
-        folder = _download(config, cache_dir, weights)
-        check_folder(folder, config, weights)
-    return folder
 
 
 def load_components(
@@ -92,22 +46,51 @@ def load_components(
     """Fetch the pipeline where it is on the Hub, check it, and load its parts on the CPU.
 
     ``weight_dtype`` is the precision of forward passes (fp16 or bf16 under mixed precision, else
-    fp32): that of all frozen parts. Every part comes frozen and in eval mode.
-    Errors: `UserError` for a model that isn't there, can't be reached, or isn't SD 1.x or 2.x.
+    fp32): that of all frozen parts but a VAE that needs more. Every part comes frozen and in eval
+    mode.
+    Errors: `UserError` for a model that isn't there, can't be reached, or is of no family of ours.
     """
     folder = find_folder(config, cache_dir)
+    vae_folder = find_vae(config, folder, cache_dir)
+    unet_folder, unet_variant = find_unet(config, folder, cache_dir)
+    noise_scheduler = _load_noise_scheduler(folder, config)
+    family = family_in(folder, config.pretrained_model_name_or_path)
     unet_dtype = torch.float32 if config.train_mode == "full" else weight_dtype
-    load = partial(_load_part, folder=folder, variant=config.variant)
+    text_dtype = unet_dtype if config.train_text_encoder else weight_dtype
+    load = partial(_load_part, variant=config.variant)
+    texts = {
+        name: load(cls, folder / name, dtype=text_dtype)
+        for name, cls in family.text_encoders.items()
+    }
+    tokenizers = {
+        name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in family.tokenizers
+    }
     return Components(
-        tokenizer=CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-        text_encoder=load(CLIPTextModel, "text_encoder", dtype=weight_dtype),
-        vae=load(AutoencoderKL, "vae", dtype=weight_dtype),
-        unet=load(UNet2DConditionModel, "unet", dtype=unet_dtype),
-        noise_scheduler=_load_noise_scheduler(folder, config),
+        family=family,
+        **tokenizers,
+        **texts,
+        vae=load_vae(family, folder, config.variant, weight_dtype, vae_folder),
+        unet=_load_part(UNet2DConditionModel, unet_folder, variant=unet_variant, dtype=unet_dtype),
+        noise_scheduler=noise_scheduler,
         source=config.pretrained_model_name_or_path,
         folder=folder,
         variant=config.variant,
+        vae_folder=vae_folder,
     )
+
+
+def load_vae(
+    family: Family,
+    folder: Path,
+    variant: str | None,
+    weight_dtype: torch.dtype,
+    vae_folder: Path | None = None,
+) -> AutoencoderKL:
+    """The VAE of the pipeline in ``folder``, or that in ``vae_folder``; frozen, in eval mode."""
+    path, variant = locate("vae", folder, variant, vae_folder)
+    dtype = family.vae_dtype(read_json(path / PARTS["vae"].config), weight_dtype)
+    cls = AutoencoderKL if dtype == weight_dtype else FullPrecisionVae
+    return _load_part(cls, path, variant=variant, dtype=dtype)
 
 
 def latent_size(vae: AutoencoderKL, resolution: int, source: str) -> int:
@@ -125,69 +108,51 @@ def latent_size(vae: AutoencoderKL, resolution: int, source: str) -> int:
 
 def as_pipeline(
     components: "Components", scheduler: SchedulerMixin | None = None
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """A pipeline around the live modules, for drawing images during training; nothing is copied.
 
     ``scheduler`` defaults to the one that the source pipeline samples with. Modules of several
     dtypes (mixed precision) need a call under autocast; train or eval mode is left as it is.
     """
-    pipeline = StableDiffusionPipeline(
-        vae=components.vae,
-        text_encoder=components.text_encoder,
-        tokenizer=components.tokenizer,
-        unet=components.unet,
-        scheduler=scheduler or _load_sampling_scheduler(components),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    family = components.family
+    accepted = inspect.signature(family.pipeline.__init__).parameters
+    index = read_json(components.folder / INDEX)
+    settings = {k: v for k, v in index.items() if k in accepted and k not in family.parts}
+    parts = {name: getattr(components, name, None) for name in family.required}
+    parts["scheduler"] = scheduler or _load_sampling_scheduler(components)
+    pipeline = family.pipeline(**settings | parts | dict(family.drawing))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _download(config: ModelConfig, cache_dir: str | None, weights: bool) -> Path:
-    """The Hub's files of the pipeline, from the cache where they are there already."""
-    name = config.pretrained_model_name_or_path
-    try:
-        folder = snapshot_download(
-            name,
-            revision=config.revision,
-            cache_dir=cache_dir,
-            allow_patterns=download_patterns(config.variant, weights),
-        )
-    except GatedRepoError as error:
-        raise UserError(
-            f"{name} is gated: accept its terms on its page on the Hub, then run `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{name} is neither a folder here nor a model on the Hub. Check the name; for a "
-            "private model run `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{name} has no revision {config.revision!r} on the Hub.") from error
-    except (OSError, HTTPError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name} is not a folder here, and the Hub cannot be reached for it, nor is all of it "
-            f"in the cache ({reason}). Check the connection, or give the path of a pipeline folder."
-        ) from error
-    return Path(folder)
-
-
-def _load_part(
-    cls: type[Model], part: str, *, folder: Path, variant: str | None, dtype: torch.dtype
-) -> Model:
-    """One network of the pipeline in ``folder``: frozen, in eval mode."""
-    model = cls.from_pretrained(
-        folder, subfolder=part, variant=variant, use_safetensors=True, dtype=dtype
-    )
+def _load_part(cls: type[Model], folder: Path, *, variant: str | None, dtype: torch.dtype) -> Model:
+    """The network in ``folder``: frozen, in eval mode."""
+    model = cls.from_pretrained(folder, variant=variant, use_safetensors=True, dtype=dtype)
     return model.requires_grad_(False).eval()
 
 
+def scheduler_config(components: "Components") -> dict[str, Any]:
+    """That of the source, with what training has changed: the result samples by it."""
+    config = read_json(components.folder / "scheduler" / PARTS["scheduler"].config)
+    config["prediction_type"] = components.prediction_type
+    zero_snr = components.noise_scheduler.config.rescale_betas_zero_snr
+    if zero_snr and not config.get("rescale_betas_zero_snr"):
+        # Sampling must begin at the last step, the one that was trained on pure noise.
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def prediction_type(config: ModelConfig, cache_dir: str | None) -> str:
+    """What the model predicts, or is told to; no weights are needed."""
+    folder = find_folder(config, cache_dir, weights=False)
+    own = read_json(folder / "scheduler" / PARTS["scheduler"].config)
+    return config.prediction_type or own.get("prediction_type", "epsilon")
+
+
 def _load_noise_scheduler(folder: Path, config: ModelConfig) -> DDPMScheduler:
-    """The DDPM scheduler that adds the noise in training, with --prediction_type registered."""
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    """The DDPM scheduler that adds the noise in training, with the settings registered."""
+    zero_snr = {"rescale_betas_zero_snr": True} if config.rescale_betas_zero_snr else {}
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **zero_snr)
     own = scheduler.config.prediction_type
     if config.prediction_type not in (None, own):
         logger.warning(
@@ -196,23 +161,57 @@ def _load_noise_scheduler(folder: Path, config: ModelConfig) -> DDPMScheduler:
             own,
         )
         scheduler.register_to_config(prediction_type=config.prediction_type)
+    if zero_snr:
+        _check_zero_snr(folder, scheduler)
     return scheduler
+
+
+def _check_zero_snr(folder: Path, scheduler: DDPMScheduler) -> None:
+    """Errors: `UserError` for a model that could not be sampled from at a last step of noise."""
+    if scheduler.config.prediction_type != "v_prediction":
+        raise UserError(
+            "--rescale_betas_zero_snr makes the last step pure noise, of which a model that "
+            "predicts the noise learns nothing. Use it with --prediction_type v_prediction."
+        )
+    name = parts_of(folder)["scheduler"]
+    if "rescale_betas_zero_snr" not in inspect.signature(getattr(diffusers, name)).parameters:
+        raise UserError(
+            f"--rescale_betas_zero_snr: the model samples by {name}, which has no such schedule. "
+            "Name another in its model_index.json and scheduler/scheduler_config.json, such as "
+            "DDIMScheduler."
+        )
 
 
 def _load_sampling_scheduler(components: "Components") -> SchedulerMixin:
     """The scheduler that the source pipeline names, told what the UNet was trained to predict."""
     cls = getattr(diffusers, parts_of(components.folder)["scheduler"])
-    return cls.from_pretrained(
-        components.folder, subfolder="scheduler", prediction_type=components.prediction_type
-    )
+    return cls.from_config(scheduler_config(components))
 
 
-@dataclass
+class FullPrecisionVae(AutoencoderKL):
+    """A VAE in fp32 in the midst of fp16: it works in fp32 under autocast too."""
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """As that of the base class."""
+        with torch.autocast(x.device.type, enabled=False):
+            return super().encode(x.to(self.dtype), return_dict)
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
+        """As that of the base class."""
+        with torch.autocast(z.device.type, enabled=False):
+            return super().decode(z.to(self.dtype), return_dict, generator)
+
+
+@dataclass(kw_only=True)
 class Components:
     """The loaded parts of a Stable Diffusion pipeline."""
 
+    family: Family
     tokenizer: CLIPTokenizer
+    tokenizer_2: CLIPTokenizer | None = None
+    """Of XL alone, as is its text encoder."""
     text_encoder: CLIPTextModel
+    text_encoder_2: CLIPTextModelWithProjection | None = None
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
@@ -222,11 +221,18 @@ class Components:
     """Where the source's files lie: the result takes all that wasn't trained from here."""
     variant: str | None = None
     """Variant of the weights in ``folder``."""
+    vae_folder: Path | None = None
+    """Where the files of the VAE lie, if it is not the source's own."""
 
     @property
     def tokenize(self) -> Tokenize:
         """From a caption to its tokens."""
-        return Tokenize((self.tokenizer,))
+        return self.family.tokenize(self)
+
+    @property
+    def text_encoders(self) -> list[PreTrainedModel]:
+        """The text encoders, in order."""
+        return self.family.encoders(self)
 
     @property
     def num_train_timesteps(self) -> int:

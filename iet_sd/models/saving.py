@@ -1,23 +1,36 @@
 """Saving the result: a pipeline folder (full), or the file of an adapter (LoRA).
 
-Both load with diffusers alone. The pipeline is the source with another UNet: everything that was
+Both load with diffusers alone. The pipeline is the source with other weights: everything that was
 not trained is copied file by file, so it keeps its stored precision (in memory it may be fp16),
 and a safety checker stays if the source had one.
 """
 
 import json
+import re
 import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+from torch.nn import Module
 
 from iet_sd.config import ModelConfig
 from iet_sd.files import atomic_folder
-from iet_sd.models.layout import INDEX, PARTS, parts_of, read_json, weights_file
-from iet_sd.models.loading import Components
+from iet_sd.models.adapter import ADAPTER, UNET, trained_modules
+from iet_sd.models.family import PARTS
+from iet_sd.models.kohya import write_kohya
+from iet_sd.models.layout import INDEX, locate, parts_of, read_json, weights_file
+from iet_sd.models.loading import Components, scheduler_config
+from iet_sd.models.merge import TEXT_MODEL, write_folded
+
+LORA = "pytorch_lora_weights.safetensors"
+KOHYA_LORA = "pytorch_lora_weights_kohya.safetensors"
+MERGED = "merged"
+NON_EMA_LORA = "pytorch_lora_weights_non_ema.safetensors"
+NON_EMA = "_non_ema"
 
 
 def save_result(components: Components, config: ModelConfig, folder: Path) -> None:
@@ -26,35 +39,86 @@ def save_result(components: Components, config: ModelConfig, folder: Path) -> No
     Called on the main process alone.
     """
     save = save_lora if config.train_mode == "lora" else save_pipeline
-    save(components, folder)
+    save(components, config, folder)
 
 
-def save_pipeline(components: Components, folder: Path) -> None:
-    """Save an ordinary pipeline folder: the fp32 UNet, and the source's other parts as stored.
+def save_non_ema(components: Components, config: ModelConfig, folder: Path) -> None:
+    """Save the live weights beside a result that has their moving average, on the main process.
 
-    Weights carry no variant in their names, so the result loads without one.
+    As ``unet_non_ema/`` for ``UNet2DConditionModel.from_pretrained``, and so for text encoders
+    that were trained; or as a LoRA of that name.
     """
+    if config.train_mode == "lora":
+        with atomic_folder(folder) as staging:
+            _write_lora(components, trained_modules(components, config), staging, NON_EMA_LORA)
+        return
     with atomic_folder(folder) as staging:
-        components.unet.save_pretrained(staging / "unet", max_shard_size="20GB")
-        for part in parts_of(components.folder):
-            _copy_part(part, components, staging / part)
-        _write_scheduler(components, staging / "scheduler")
+        for part, module in trained_modules(components, config).items():
+            target = staging / f"{part}{NON_EMA}"
+            module.save_pretrained(target, max_shard_size="20GB")
+            _copy_part(part, components, target, weights=False)
         load_in_fp32(staging)
-        shutil.copyfile(components.folder / INDEX, staging / INDEX)
 
 
-def save_lora(components: Components, folder: Path) -> None:
-    """Save ``pytorch_lora_weights.safetensors`` for ``load_lora_weights``.
-
-    Its metadata holds the adapter's settings; without them alpha would be read back as rank.
-    """
-    unet = components.unet
+def save_pipeline(components: Components, config: ModelConfig, folder: Path) -> None:
+    """Save an ordinary pipeline folder: in fp32 what was trained, other parts as stored."""
     with atomic_folder(folder) as staging:
-        StableDiffusionPipeline.save_lora_weights(
-            staging,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-            **_collate_lora_metadata({"unet": unet}),
-        )
+        trained = trained_modules(components, config)
+        for part, module in trained.items():
+            module.save_pretrained(staging / part, max_shard_size="20GB")
+        _copy_others(components, staging, trained)
+
+
+def save_lora(components: Components, config: ModelConfig, folder: Path) -> None:
+    """Save ``pytorch_lora_weights.safetensors``, and what else of the adapter is asked for."""
+    trained = trained_modules(components, config)
+    with atomic_folder(folder) as staging:
+        _write_lora(components, trained, staging, LORA)
+        if config.save_kohya_lora:
+            write_kohya(trained, components.prediction_type, staging / KOHYA_LORA)
+        if config.merge_lora:
+            save_merged(components, trained, staging / MERGED)
+
+
+def save_merged(components: Components, trained: Mapping[str, Module], folder: Path) -> None:
+    """Save a pipeline folder: the source, with the adapters of ``trained`` folded in."""
+    with atomic_folder(folder) as staging:
+        for part, module in trained.items():
+            (staging / part).mkdir()
+            source = components.folder / part / weights_file(part, components.variant)
+            write_folded(module, source, staging / part / weights_file(part, None))
+        _copy_others(components, staging, trained)
+
+
+def _write_lora(
+    components: Components, trained: Mapping[str, Module], folder: Path, name: str
+) -> None:
+    """Write the adapters for ``load_lora_weights``.
+
+    Their metadata holds the settings; without them alpha would be read back as rank.
+    """
+    components.family.pipeline.save_lora_weights(
+        folder,
+        **{f"{part}_lora_layers": _lora_state(part, module) for part, module in trained.items()},
+        weight_name=name,
+        **_collate_lora_metadata(trained),
+    )
+
+
+def _lora_state(part: str, module: Module) -> dict[str, Tensor]:
+    """An adapter's weights by the names that they have in a file.
+
+    The UNet's are those of diffusers' scripts for every layer: its own conversion leaves out
+    convolutions, and its loader takes names of one kind alone.
+    """
+    state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
+    if part == UNET:
+        named = {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."}
+        return {re.sub(r"\.lora_[AB]\.", lambda m: named[m[0]], n): t for n, t in state.items()}
+    # DoRA's lengths as transformers wants them, which does not know peft's own name.
+    ends = {n: f"{n}.weight" if n.endswith("magnitude_vector") else n for n in state}
+    state = {f"{TEXT_MODEL}{ends[n].removeprefix(TEXT_MODEL)}": t for n, t in state.items()}
+    return convert_state_dict_to_diffusers(state)
 
 
 def load_in_fp32(pipeline: Path) -> None:
@@ -71,24 +135,35 @@ def load_in_fp32(pipeline: Path) -> None:
             config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_part(part: str, components: Components, target: Path) -> None:
-    """Copy a part's configs, vocabulary and weights; of the UNet the config alone.
+def _copy_others(components: Components, folder: Path, written: Collection[str]) -> None:
+    """Make ``folder``, which holds the weights of the parts ``written``, a whole pipeline.
 
-    The UNet's architecture is the source's, and the config that diffusers writes would name the
-    folder it was loaded from on this machine.
+    Weights carry no variant in their names, so the result loads without one.
+    """
+    for part in parts_of(components.folder):
+        _copy_part(part, components, folder / part, weights=part not in written)
+    _write_scheduler(components, folder / "scheduler")
+    load_in_fp32(folder)
+    shutil.copyfile(components.folder / INDEX, folder / INDEX)
+
+
+def _copy_part(part: str, components: Components, target: Path, weights: bool) -> None:
+    """Copy a part's configs and vocabulary, and its weights unless they were trained.
+
+    The architecture is the source's either way, and the config that diffusers writes would name
+    the folder it was loaded from on this machine.
     """
     target.mkdir(exist_ok=True)
-    weights = weights_file(part, components.variant)
-    for file in sorted((components.folder / part).iterdir()):
+    folder, variant = locate(part, components.folder, components.variant, components.vae_folder)
+    stored = weights_file(part, variant)
+    for file in sorted(folder.iterdir()):
         if file.suffix in (".json", ".txt") and ".index" not in file.name:
             shutil.copyfile(file, target / file.name)
-        elif file.name == weights and part != "unet":
+        elif file.name == stored and weights:
             shutil.copyfile(file, target / weights_file(part, None))
 
 
 def _write_scheduler(components: Components, target: Path) -> None:
-    """The source's scheduler config, with the prediction type that was trained."""
-    name = PARTS["scheduler"].config
-    config = read_json(components.folder / "scheduler" / name)
-    config["prediction_type"] = components.prediction_type
-    (target / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    """The source's scheduler config, with what training has changed."""
+    text = json.dumps(scheduler_config(components), indent=2)
+    (target / PARTS["scheduler"].config).write_text(text + "\n", encoding="utf-8")

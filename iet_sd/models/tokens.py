@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-NAMES = ("input_ids", "input_ids_2")
+INPUT_IDS = ("input_ids", "input_ids_2")
 
 
 @dataclass(frozen=True)
@@ -25,5 +26,10 @@ class Tokenize:
                 truncation=True,
                 return_tensors="pt",
             ).input_ids[0]
-            for name, tokenizer in zip(NAMES, self.tokenizers, strict=False)
+            for name, tokenizer in zip(INPUT_IDS, self.tokenizers, strict=False)
         }
+
+    def batch(self, captions_B: Sequence[str]) -> dict[str, Tensor]:
+        """The same of several captions: (B, L)."""
+        each = [self(caption) for caption in captions_B]
+        return {name: torch.stack([tokens[name] for tokens in each]) for name in each[0]}

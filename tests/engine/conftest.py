@@ -57,6 +57,8 @@ def trainer_for():
                 nullcontext,
                 config.training.noise_offset,
                 config.training.snr_gamma,
+                config.training.input_perturbation,
+                config.training.dream,
             ),
             dataset=TrainingImages(source, components.tokenize, config.data),
             parameters=parameters,

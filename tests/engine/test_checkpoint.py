@@ -34,8 +34,9 @@ def loaded(trainer_for):
         {"preset": "paper", "train_batch_size": 3},
         {"train_mode": "lora", "lora_dropout": 0.1, "lora_aggregation": "product"},
         {"outer_momentum": 0.9, "proxy_optimizer": "average", "aggregate_every": 1},
+        {"train_mode": "lora", "use_dora": True, "train_text_encoder": True, "text_encoder_lr": 1},
     ],
-    ids=["corrected", "paper", "lora", "outer"],
+    ids=["corrected", "paper", "lora", "outer", "text encoder"],
 )
 def test_resumed_equals_never_stopped(given, trainer_for, settings, tmp_path):
     """Killed again and again: after a few more events each time, until it gets to the end."""

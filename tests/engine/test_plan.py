@@ -13,13 +13,11 @@ from iet_sd.engine import plan
 from iet_sd.engine.rounds import ShardDone, Trainer
 from iet_sd.engine.store import open_store
 from iet_sd.errors import UserError
-from iet_sd.models import loading
+from iet_sd.models import finding
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import load_components
 from tests.engine.running import run
-from tests.pipelines import RESOLUTION, TEXT_WIDTH
-
-TOKENS = 77  # of Stable Diffusion, for which the estimate is made
+from tests.pipelines import RESOLUTION, TEXT_WIDTH, TOKENS, XL_POOLED, XL_WIDTH
 
 
 @pytest.mark.parametrize(
@@ -60,10 +58,11 @@ def test_no_more_processes_than_shards(settings):
         plan.check_processes(config, 4)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 @pytest.mark.parametrize("given", [{}, {"train_mode": "lora", "rank": 3}], ids=["full", "lora"])
-def test_parameters_are_those_of_the_model(kind, given, settings):
-    config = settings(kind, **given)
+@pytest.mark.parametrize("texts", [False, True], ids=["unet", "texts too"])
+def test_parameters_are_those_of_the_model(kind, given, texts, settings):
+    config = settings(kind, **given, train_text_encoder=texts)
     components = load_components(config.model, torch.float32, None)
     total = sum(p.numel() for p in components.unet.parameters())
     parameters = make_trainable(components, config.model, seed=0)
@@ -73,19 +72,39 @@ def test_parameters_are_those_of_the_model(kind, given, settings):
     assert found.trainable == trainable
     # fp32: weights, gradients and two moments of what is trained, weights of the rest.
     assert found.model == 4 * 4 * trainable + 4 * frozen
+    networks = components.vae, components.text_encoder, components.text_encoder_2
+    held = [p for network in networks if network for p in network.parameters()]
+    assert found.frozen == 4 * sum(p.numel() for p in held if not p.requires_grad)
+
+
+def test_text_encoders_that_are_trained_count_in_arithmetic_and_activations(settings):
+    frozen, trained = (
+        plan.estimate(settings("sdxl", train_text_encoder=given), 3, 1) for given in (False, True)
+    )
+    assert trained.flops > frozen.flops
+    assert trained.activations > frozen.activations
 
 
 @pytest.mark.parametrize(
-    ("kind", "resolution"), [("sd1", RESOLUTION), ("sd2", 2 * RESOLUTION)], ids=["sd1", "sd2"]
+    ("kind", "resolution"),
+    [("sd1", RESOLUTION), ("sd2", 2 * RESOLUTION), ("sdxl", RESOLUTION)],
+    ids=["sd1", "sd2", "sdxl"],
 )
 def test_arithmetic_is_that_of_the_model_on_this_machine(kind, resolution, settings):
     """FLOP of a real forward pass, and how many of them a run makes."""
     config = settings(kind, resolution=resolution, num_shards=4, num_rounds=2)
     unet = load_components(config.model, torch.float32, None).unet
     size = resolution // 8
+    text = torch.randn(1, TOKENS, TEXT_WIDTH + XL_WIDTH * (kind == "sdxl"))
+    added = {"text_embeds": torch.randn(1, XL_POOLED), "time_ids": torch.ones(1, 6)}
     # With the kernel that the counter can count: it knows no fused attention of the CPU.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        unet(torch.randn(1, 4, size, size), torch.ones(1), torch.randn(1, TOKENS, TEXT_WIDTH))
+        unet(
+            torch.randn(1, 4, size, size),
+            torch.ones(1),
+            text,
+            added_cond_kwargs=added if kind == "sdxl" else None,
+        )
     one = counter.get_total_flops()
     assert one > 0
     # A backward pass is two forward; on one process 4 shards, 2 rounds, 3 steps of 4 samples.
@@ -228,29 +247,29 @@ def test_checkpoints_that_are_kept(given, kept, settings):
     assert plan.checkpoints_kept(settings(num_rounds=10, **given)) == kept
 
 
-def test_frozen_parts_are_those_of_the_model(settings):
-    for precision, width in (("no", 4), ("bf16", 2)):
-        config = settings(mixed_precision=precision)
-        parts = load_components(config.model, torch.float32, None)
-        numbers = sum(
-            p.numel() for part in (parts.vae, parts.text_encoder) for p in part.parameters()
-        )
-        found = plan.estimate(config, 1, 1)
-        assert found.frozen == width * numbers
-        assert (
-            found.encoding > width * 4 * 2 * 8 * RESOLUTION**2
-        )  # two feature maps of a batch of 4
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_frozen_parts_are_those_of_the_model(kind, precision, settings):
+    """As loaded in that precision: in fp16 the VAE of XL stays in fp32."""
+    config = settings(kind, mixed_precision=precision, train_batch_size=1)
+    parts = load_components(config.model, plan.weight_dtype(precision), None)
+    networks = parts.vae, parts.text_encoder, parts.text_encoder_2
+    found = plan.estimate(config, 1, 1)
+    held = [p for network in networks if network for p in network.parameters()]
+    assert found.frozen == sum(p.nbytes for p in held)
+    # Two feature maps of an image.
+    assert found.encoding > parts.vae.dtype.itemsize * 2 * 8 * RESOLUTION**2
 
 
 def test_a_model_of_another_kind_is_what_the_model_check_says(
     pipelines, settings, monkeypatch, tmp_path
 ):
     """Only its configs were fetched from the Hub."""
-    folder = tmp_path / "xl"
+    folder = tmp_path / "sd3"
     shutil.copytree(pipelines["sd1"], folder, ignore=shutil.ignore_patterns("*.safetensors"))
     index = folder / "model_index.json"
     index.write_text(
-        index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"')
+        index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusion3Pipeline"')
     )
     asked = []
 
@@ -258,9 +277,9 @@ def test_a_model_of_another_kind_is_what_the_model_check_says(
         asked.extend(allow_patterns)
         return folder
 
-    monkeypatch.setattr(loading, "snapshot_download", snapshot_download)
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline; supported are"):
-        plan.estimate(settings(pretrained_model_name_or_path="some/xl"), 3, 1)
+    monkeypatch.setattr(finding, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="is a StableDiffusion3Pipeline; supported are"):
+        plan.estimate(settings(pretrained_model_name_or_path="some/sd3"), 3, 1)
     assert asked
     assert not any("safetensors" in pattern for pattern in asked)
 

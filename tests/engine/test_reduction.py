@@ -32,15 +32,25 @@ def normal(seeds, purpose, shape):
 
 
 def plain_diffusers(
-    folder, images, steps, batch_size, members, learning_rate=1e-3, shard=0, poisoned=None
+    folder,
+    images,
+    steps,
+    batch_size,
+    members,
+    learning_rate=1e-3,
+    shard=0,
+    poisoned=None,
+    trained=None,
 ):
     """The loop of diffusers' train_text_to_image.py, with draws at the addresses of our visits.
 
-    Batches that hold the sample ``poisoned`` are left out and are no steps.
+    Batches that hold the sample ``poisoned`` are left out and are no steps. ``trained`` is called
+    with UNet and text encoder and gives a learning rate and named parameters for each group.
     """
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").train()
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae").requires_grad_(False)
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    text_encoder.requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
     noise_scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
     to_pixels = transforms.Compose(
@@ -51,8 +61,15 @@ def plain_diffusers(
             transforms.Normalize([0.5], [0.5]),
         ]
     )
+    groups = [(learning_rate, dict(unet.named_parameters()))]
+    if trained:
+        groups = trained(unet, text_encoder)
+    named = {name: p for _, group in groups for name, p in group.items()}
     optimizer = torch.optim.AdamW(
-        unet.parameters(), lr=learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8
+        [{"params": list(group.values()), "lr": rate} for rate, group in groups],
+        betas=(0.9, 0.999),
+        weight_decay=1e-2,
+        eps=1e-8,
     )
     lr_scheduler = get_scheduler("constant", optimizer=optimizer)
     order = visits(0, 1, shard, members)
@@ -83,16 +100,15 @@ def plain_diffusers(
         target = noise
         if noise_scheduler.config.prediction_type == "v_prediction":
             target = noise_scheduler.get_velocity(latents, noise, timesteps)
-        with torch.no_grad():
-            encoder_hidden_states = text_encoder(input_ids, return_dict=False)[0]
+        encoder_hidden_states = text_encoder(input_ids, return_dict=False)[0]
         model_pred = unet(noisy_latents, timesteps, encoder_hidden_states, return_dict=False)[0]
         loss = F.mse_loss(model_pred.float(), target.float(), reduction="mean")
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
         lr_scheduler.step()
         optimizer.zero_grad()
-    return {name: p.detach() for name, p in unet.named_parameters()}
+    return {name: p.detach() for name, p in named.items()}
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])

@@ -43,6 +43,19 @@ def test_adapters_are_averaged_as_asked_and_the_gap_is_reported(mode, trainer_fo
     assert done.lora_gap > 0
 
 
+def test_the_lengths_of_dora_are_averaged_as_the_factors_are(trainer_for, settings):
+    given = {"method": "iet", "num_shards": 2, "num_rounds": 1, "steps_per_round": 3}
+    config = settings(train_mode="lora", use_dora=True, learning_rate=1e-2, **given)
+    trainer, state = trainer_for(config)
+    done = list(trainer.run(state))[-1]
+    first, second = own_weights(trainer_for, config, 2)
+    assert sum("lora_magnitude_vector" in name for name in first) == len(trainer.lora_pairs)
+    for name, tensor in state.weights.items():
+        assert torch.equal(tensor, first[name] * 0.5 + second[name] * 0.5), name
+        assert not torch.equal(first[name], second[name]), name
+    assert done.lora_gap > 0
+
+
 def test_the_most_skipped_move_in_odd_rounds_and_none_is_lost(trainer_for, settings):
     config = settings(num_shards=4, num_rounds=4, steps_per_round=6, agc_threshold=1.0, bank_bins=1)
     trainer, state = trainer_for(config)

@@ -27,6 +27,32 @@ def test_a_copy_is_the_same_and_what_lies_beside_it_is_nothing(pipelines, copy):
 @pytest.mark.parametrize(
     "name",
     [
+        "text_encoder_2/model.safetensors",
+        "tokenizer_2/vocab.json",
+        "vae/config.json",
+    ],
+)
+def test_any_bit_of_sdxl_counts(name, pipelines, tmp_path):
+    copy = shutil.copytree(pipelines["sdxl"], tmp_path / "copy")
+    assert fingerprint(copy, None) == fingerprint(pipelines["sdxl"], None)
+    flip(copy / name)
+    assert fingerprint(copy, None) != fingerprint(pipelines["sdxl"], None)
+
+
+def test_another_vae_counts_as_if_it_were_the_models_own(pipelines, copy):
+    vae = shutil.copytree(copy / "vae", copy.parent / "vae")
+    assert fingerprint(copy, None, vae) == fingerprint(copy, None)
+    flip(vae / "diffusion_pytorch_model.safetensors")
+    changed = fingerprint(copy, None, vae)
+    assert changed != fingerprint(copy, None)
+    shutil.rmtree(copy / "vae")
+    shutil.copytree(vae, copy / "vae")
+    assert fingerprint(copy, None) == changed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",

@@ -7,9 +7,9 @@ import pytest
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
+from iet_sd.models.finding import check_model, find_vae
 from iet_sd.models.layout import download_patterns
-from iet_sd.models.loading import check_model
-from tests.pipelines import tiny_pipeline
+from tests.pipelines import XL_POOLED, XL_TIME, tiny_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -22,6 +22,11 @@ def original(tmp_path_factory):
 @pytest.fixture
 def folder(original, tmp_path):
     return shutil.copytree(original, tmp_path / "model")
+
+
+@pytest.fixture
+def xl(pipelines, tmp_path):
+    return shutil.copytree(pipelines["sdxl"], tmp_path / "xl")
 
 
 def check(folder, **settings):
@@ -37,7 +42,7 @@ def rename_weights(folder, old, new):
         path.rename(path.with_name(path.name.replace(old, new)))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_whole_pipelines_pass(tmp_path, kind):
     check(tiny_pipeline(tmp_path, kind=kind))
 
@@ -57,9 +62,10 @@ def test_variant_is_honoured_both_ways(folder):
     ("values", "message"),
     [
         (
-            {"_class_name": "StableDiffusionXLPipeline"},
-            r"StableDiffusionXLPipeline; .* 1.x and 2.x",
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline"},
+            r"StableDiffusionXLImg2ImgPipeline; supported are .* 1.x and 2.x .* XL .* no refiner",
         ),
+        ({"_class_name": "StableDiffusion3Pipeline"}, "no Stable Diffusion 3 or Flux"),
         ({"_class_name": "FluxPipeline"}, "FluxPipeline; supported"),
         ({"text_encoder": ["transformers", "T5EncoderModel"]}, "text_encoder is a T5EncoderModel"),
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet is a UNet3DConditionModel"),
@@ -136,6 +142,95 @@ def test_broken_json_is_named(folder):
         check(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_encoder_2": [None, None]}, "names no text_encoder_2; a StableDiffusionXLPipeline"),
+        ({"tokenizer_2": [None, None]}, "names no tokenizer_2"),
+        (
+            {"text_encoder": [None, None], "tokenizer": [None, None]},
+            r"names no text_encoder; .*may be a refiner",
+        ),
+        (
+            {"text_encoder_2": ["transformers", "CLIPTextModel"]},
+            "text_encoder_2 is a CLIPTextModel; .* with CLIPTextModelWithProjection",
+        ),
+    ],
+)
+def test_sdxl_needs_both_text_encoders(xl, values, message):
+    edit(xl / "model_index.json", **values)
+    with pytest.raises(UserError, match=message):
+        check(xl)
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("text_encoder_2", r"no text_encoder_2/config.json \(and there is no such folder\)"),
+        ("text_encoder_2/model.safetensors", r"expected text_encoder_2/model\.safetensors"),
+        ("tokenizer_2/tokenizer_config.json", "no tokenizer_2/tokenizer_config.json"),
+    ],
+)
+def test_missing_parts_of_sdxl_are_named(xl, missing, message):
+    path = xl / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match=message):
+        check(xl)
+
+
+def test_a_unet_that_is_told_something_else_is_refused(folder, xl):
+    """A refiner's is told 5 numbers: a score in place of a size."""
+    edit(xl / "unet" / "config.json", projection_class_embeddings_input_dim=XL_POOLED + 5 * XL_TIME)
+    with pytest.raises(UserError, match=rf"width {XL_POOLED + 5 * XL_TIME}; .* XL, with {68}"):
+        check(xl)
+    edit(folder / "unet" / "config.json", addition_embed_type="text")
+    with pytest.raises(UserError, match=r"addition_embed_type text of .* 2\.x, with None"):
+        check(folder)
+
+
+def test_latents_that_are_normalized_otherwise_are_refused(xl):
+    edit(xl / "vae" / "config.json", latents_mean=[0.0] * 4)
+    with pytest.raises(UserError, match="config has latents_mean"):
+        check(xl)
+
+
+def test_another_vae_is_checked_before_anything_is_loaded(folder, xl, tmp_path):
+    def check_with(vae):
+        check(folder, pretrained_vae_model_name_or_path=str(vae))
+
+    check_with(xl / "vae")
+    check_with("name/of-a-vae")
+    with pytest.raises(
+        UserError, match=r"There is no folder \./nowhere\. Expected the folder of a"
+    ):
+        check_with("./nowhere")
+    with pytest.raises(UserError, match=r"AutoencoderKL\.from_single_file\('vae\.safetensors'\)"):
+        check_with("vae.safetensors")
+    with pytest.raises(UserError, match=r"expected config\.json and .* found model_index\.json"):
+        check_with(xl)
+    with pytest.raises(UserError, match="is a UNet2DConditionModel; supported is AutoencoderKL"):
+        check_with(xl / "unet")
+    edit(xl / "vae" / "config.json", latent_channels=16)
+    config = ModelConfig(
+        pretrained_model_name_or_path=str(folder),
+        pretrained_vae_model_name_or_path=str(xl / "vae"),
+    )
+    with pytest.raises(UserError, match="takes 4 channels, its VAE makes 16"):
+        find_vae(config, folder, None)
+    (xl / "vae" / WEIGHTS).write_bytes(b"")
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        check_with(xl / "vae")
+    (xl / "vae" / WEIGHTS).unlink()
+    with pytest.raises(UserError, match=f"expected config.json and {WEIGHTS}"):
+        check_with(xl / "vae")
+
+
+def test_inpainting_unet_of_sdxl_is_refused(xl):
+    edit(xl / "unet" / "config.json", in_channels=9)
+    with pytest.raises(UserError, match="takes 9 channels, its VAE makes 4"):
+        check(xl)
+
+
 def test_inpainting_unet_is_refused(folder):
     edit(folder / "unet" / "config.json", in_channels=9)
     with pytest.raises(UserError, match="takes 9 channels, its VAE makes 4"):
@@ -196,6 +291,8 @@ def test_download_takes_one_variant_of_the_weights_and_no_pickles():
         *(f"text_encoder/{v}" for v in ("model.safetensors", "model.fp16.safetensors", "x.bin")),
         "tokenizer/merges.txt",
         "tokenizer/vocab.json",
+        *(f"text_encoder_2/{v}" for v in ("model.safetensors", "model.fp16.safetensors")),
+        "tokenizer_2/merges.txt",
         "README.md",
     ]
 
@@ -208,8 +305,10 @@ def test_download_takes_one_variant_of_the_weights_and_no_pickles():
         "unet/config.json",
         "tokenizer/merges.txt",
         "tokenizer/vocab.json",
+        "tokenizer_2/merges.txt",
     }
-    plain = {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    plain = {"unet/diffusion_pytorch_model.safetensors"}
+    plain |= {f"{part}/model.safetensors" for part in ("text_encoder", "text_encoder_2")}
     half = {os.path.splitext(name)[0] + ".fp16.safetensors" for name in plain}
     assert taken(None) == small | plain
     assert taken("fp16") == small | half

@@ -1,7 +1,16 @@
+import json
+import shutil
+
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
@@ -11,9 +20,9 @@ from tests.pipelines import RESOLUTION, tiny_pipeline
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Pipelines of both kinds, and one whose weights are stored in fp16 as a variant."""
+    """Pipelines of all kinds, and one whose weights are stored in fp16 as a variant."""
     base = tmp_path_factory.mktemp("pipelines")
-    folders = {kind: tiny_pipeline(base / kind, kind=kind) for kind in ("sd1", "sd2")}
+    folders = {kind: tiny_pipeline(base / kind, kind=kind) for kind in ("sd1", "sd2", "sdxl")}
     pipeline = StableDiffusionPipeline.from_pretrained(folders["sd1"])
     pipeline.to(torch.float16).save_pretrained(base / "fp16", variant="fp16")
     return folders | {"fp16": base / "fp16"}
@@ -30,9 +39,13 @@ def dtypes(module):
 
 @pytest.mark.parametrize(
     ("kind", "prediction_type", "scheduler"),
-    [("sd1", "epsilon", PNDMScheduler), ("sd2", "v_prediction", DDIMScheduler)],
+    [
+        ("sd1", "epsilon", PNDMScheduler),
+        ("sd2", "v_prediction", DDIMScheduler),
+        ("sdxl", "epsilon", EulerDiscreteScheduler),
+    ],
 )
-def test_both_kinds_load_and_generate(folders, kind, prediction_type, scheduler):
+def test_all_kinds_load_and_generate(folders, kind, prediction_type, scheduler):
     components = load(folders[kind])
     assert components.prediction_type == prediction_type
     assert components.num_train_timesteps == 1000
@@ -63,6 +76,53 @@ def test_every_part_has_the_asked_dtype_whatever_is_stored(folders, stored, mode
     for part in (components.vae, components.text_encoder, components.unet):
         assert not part.training
         assert not any(p.requires_grad for p in part.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_vae_of_sdxl_stays_in_fp32_where_it_would_overflow(folders, tmp_path, dtype):
+    """In fp16, unless its config says that it was made for it."""
+    components = load(folders["sdxl"], dtype)
+    assert dtypes(components.text_encoder) == dtypes(components.text_encoder_2) == {dtype}
+    kept = torch.float32 if dtype == torch.float16 else dtype
+    assert dtypes(components.vae) == {kept}
+    fixed = shutil.copytree(folders["sdxl"] / "vae", tmp_path / "vae")
+    config = json.loads((fixed / "config.json").read_text())
+    (fixed / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
+    other = load(folders["sdxl"], dtype, pretrained_vae_model_name_or_path=str(fixed))
+    assert dtypes(other.vae) == {dtype}
+
+
+def test_a_vae_in_fp32_works_in_fp32_under_autocast_too(folders):
+    half, whole = (load(folders["sdxl"], dtype).vae for dtype in (torch.float16, torch.float32))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        latents = whole.encode(images).latent_dist.mean
+        expected = whole.decode(latents).sample
+        with torch.autocast("cpu", torch.float16):
+            assert whole.decode(latents).sample.dtype == torch.float16
+            assert torch.equal(half.encode(images).latent_dist.mean, latents)
+            assert torch.equal(half.decode(latents).sample, expected)
+            assert half.decode(latents.half()).sample.dtype == torch.float32
+
+
+def test_text_encoders_that_are_trained_are_loaded_in_fp32(folders):
+    trained = load(folders["sdxl"], torch.float16, train_text_encoder=True)
+    assert dtypes(trained.text_encoder) == dtypes(trained.text_encoder_2) == {torch.float32}
+    adapted = load(folders["sdxl"], torch.float16, train_text_encoder=True, train_mode="lora")
+    assert dtypes(adapted.text_encoder) == dtypes(adapted.text_encoder_2) == {torch.float16}
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_drawing_without_a_negative_prompt_is_as_the_source_says(folders, tmp_path, zeros):
+    folder = shutil.copytree(folders["sdxl"], tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["force_zeros_for_empty_prompt"] = zeros
+    (folder / "model_index.json").write_text(json.dumps(index))
+    components = load(folder)
+    pipeline = as_pipeline(components)
+    assert pipeline.config.force_zeros_for_empty_prompt is zeros
+    assert pipeline.watermark is None
+    assert pipeline.text_encoder_2 is components.text_encoder_2
 
 
 def test_latent_size_is_that_of_the_encoder(folders):

@@ -2,11 +2,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from iet_sd.config import ModelConfig
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import as_pipeline, load_components
 from iet_sd.models.saving import save_result
-from tests.pipelines import RESOLUTION, TEXT_WIDTH, tiny_pipeline
+from tests.pipelines import RESOLUTION, XL_POOLED, tiny_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -25,12 +26,12 @@ CALL = {"num_inference_steps": 3, "height": RESOLUTION, "width": RESOLUTION, "ou
 STRANGER = """
 import importlib.util, json, sys
 import numpy as np, torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 assert importlib.util.find_spec("iet_sd") is None
 jobs, call = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 for base, lora, picture in jobs:
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline = DiffusionPipeline.from_pretrained(base)
     assert pipeline.unet.dtype == torch.float32
     if lora:
         pipeline.load_lora_weights(lora)
@@ -42,7 +43,17 @@ for base, lora, picture in jobs:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     base = tmp_path_factory.mktemp("pipelines")
-    return {kind: tiny_pipeline(base / kind, kind=kind) for kind in ("sd1", "sd2")}
+    return {kind: tiny_pipeline(base / kind, kind=kind) for kind in ("sd1", "sd2", "sdxl")}
+
+
+@pytest.fixture
+def vae(folders, tmp_path):
+    """The folder of another VAE."""
+    other = AutoencoderKL.from_pretrained(folders["sd1"], subfolder="vae")
+    torch.nn.init.normal_(other.decoder.conv_out.bias)
+    other.register_to_config(scaling_factor=0.5, force_upcast=False)
+    other.save_pretrained(tmp_path / "another")
+    return tmp_path / "another"
 
 
 def trained(folder, dtype=torch.float32, **settings):
@@ -58,11 +69,16 @@ def trained(folder, dtype=torch.float32, **settings):
 
 def predict(unet):
     generator = torch.Generator().manual_seed(1)
+    width = unet.config.cross_attention_dim
     with torch.no_grad():
         return unet(
             torch.randn(2, 4, 4, 4, generator=generator),
             torch.tensor([10, 900]),
-            torch.randn(2, 16, TEXT_WIDTH, generator=generator),
+            torch.randn(2, 16, width, generator=generator),
+            added_cond_kwargs={
+                "text_embeds": torch.randn(2, XL_POOLED, generator=generator),
+                "time_ids": torch.randint(0, 64, (2, 6), generator=generator),
+            },
         ).sample
 
 
@@ -98,13 +114,15 @@ def test_results_load_and_draw_the_same_where_iet_sd_is_not(folders, tmp_path):
     assert min(np.abs(a - b).max() for a in pictures for b in pictures if a is not b) > 1e-2
 
 
-@pytest.mark.parametrize(("kind", "alpha"), [("sd1", 8.0), ("sd2", 3.0), ("sd1", None)])
+@pytest.mark.parametrize(
+    ("kind", "alpha"), [("sd1", 8.0), ("sd2", 3.0), ("sd1", None), ("sdxl", 8.0)]
+)
 def test_lora_reproduces_the_trained_unet_exactly(folders, tmp_path, kind, alpha):
     components, config = trained(folders[kind], train_mode="lora", rank=4, lora_alpha=alpha)
     save_result(components, config, tmp_path)
     assert files_of(tmp_path) == {"pytorch_lora_weights.safetensors"}
 
-    pipeline = StableDiffusionPipeline.from_pretrained(folders[kind])
+    pipeline = DiffusionPipeline.from_pretrained(folders[kind])
     before = predict(pipeline.unet)
     pipeline.load_lora_weights(tmp_path)
     expected = predict(components.unet.eval())
@@ -125,7 +143,7 @@ def test_lora_file_is_fp32_and_tells_its_settings_and_no_path(folders, tmp_path)
     assert str(folders["sd1"]) not in json.dumps(metadata)
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_pipeline_is_the_source_with_another_unet(folders, tmp_path, kind):
     source = folders[kind]
     # Frozen parts are bf16 in memory, and must not be saved so.
@@ -161,6 +179,22 @@ def test_variant_is_read_and_the_result_has_none(folders, tmp_path):
     assert files_of(tmp_path / "result") == expected
     assert {t.dtype for t in load_file(tmp_path / "result" / VAE).values()} == {torch.float16}
     StableDiffusionPipeline.from_pretrained(tmp_path / "result", use_safetensors=True)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_the_result_holds_the_vae_that_was_used(folders, vae, tmp_path, kind):
+    components, config = trained(folders[kind], pretrained_vae_model_name_or_path=str(vae))
+    save_result(components, config, tmp_path / "result")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "result")
+    assert pipeline.vae.config.scaling_factor == 0.5
+    ours, theirs = (load_file(path) for path in (tmp_path / "result" / VAE, vae / Path(VAE).name))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in theirs.items())
+    np.testing.assert_allclose(pipeline_image(pipeline), draw(components), atol=1e-4)
+
+
+def pipeline_image(pipeline):
+    return pipeline("a cat", generator=torch.Generator().manual_seed(0), **CALL).images
 
 
 def test_trained_prediction_type_is_saved(folders, tmp_path):
