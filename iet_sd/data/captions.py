@@ -1,7 +1,11 @@
-"""What counts as a caption."""
+"""What counts as a caption, and what a visit reads of it."""
 
 from typing import Any
 
+import torch
+
+from iet_sd.config import DataConfig
+from iet_sd.data.shards import Visit
 from iet_sd.errors import UserError
 
 
@@ -19,3 +23,25 @@ def texts(value: Any, name: str) -> list[str]:
                 "Is --caption_column the right column?"
             )
     return [entry.strip() for entry in entries if entry and entry.strip()]
+
+
+def draw(captions: list[str], config: DataConfig, visit: Visit) -> str:
+    """What the visit reads: one of the captions, its tags shuffled, or nothing, as settings say.
+
+    Each of these draws is one of its own, so that no setting changes what another one draws.
+    """
+    if torch.rand((), generator=visit.generator("caption/empty")) < config.proportion_empty_prompts:
+        return ""
+    captions = captions or [""]
+    caption = captions[torch.randint(len(captions), (), generator=visit.generator("caption"))]
+    if config.shuffle_caption:
+        caption = _shuffled(caption, config.keep_tokens, visit.generator("caption/tags"))
+    return f"{config.caption_prefix} {caption}" if config.caption_prefix and caption else caption
+
+
+def _shuffled(caption: str, kept: int, generator: torch.Generator) -> str:
+    """The tags that commas divide, all but the first ``kept`` in a new order."""
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    movable = tags[kept:]
+    order = torch.randperm(len(movable), generator=generator).tolist()
+    return ", ".join(tags[:kept] + [movable[i] for i in order])

@@ -2,8 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from datasets import Dataset
@@ -11,7 +10,7 @@ from tqdm.auto import tqdm
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
-from iet_sd.data.images import decode, digest_of, read_bytes
+from iet_sd.data.images import decode, digest_of, read_bytes, size_of
 from iet_sd.errors import UserError
 
 _TEXT_TYPES = ("string", "large_string", "string_view")
@@ -92,54 +91,61 @@ def missing_captions(rows: Dataset, names: list[str], config: DataConfig) -> dic
     )
 
 
-def look_at_images(
-    rows: Dataset, names: list[str], config: DataConfig
-) -> tuple[list[str | None], dict[int, str]]:
-    """Hash of every image file, or None; and why the bad images cannot be read, by position.
+class Look(NamedTuple):
+    """What is known of an image before it is trained on."""
 
-    Images are decoded as --check_images says, and files not even read if nothing needs it.
+    digest: str | None = None
+    """Hash of its file."""
+    size: tuple[int, int] | None = None
+    """Height and width, upright."""
+    reason: str | None = None
+    """Why it cannot be read."""
+
+
+def look_at_images(rows: Dataset, names: list[str], config: DataConfig) -> list[Look]:
+    """Every image decoded, or only its size read, or nothing of it, as the settings need.
+
     Errors: `UserError` for bad images, all in one, if the settings do not allow for them.
     """
-    check = config.check_images == "all"
-    if not check and config.group_column is not None:
-        return [None] * len(rows), {}
-    digests: list[str | None] = []
-    reasons: list[str | None] = []
+    if config.check_images == "none" and len(config.buckets) == 1:
+        return [Look()] * len(rows)
+    look = _decode if config.check_images == "all" else _measure
+    looks: list[Look] = []
     remaining = iter(names)
     bar = tqdm(total=len(rows), desc="Checking images", disable=len(rows) < _BAR_FROM, leave=False)
     with bar, ThreadPoolExecutor() as pool:
         # Batch by batch, since a pool takes in all of its input at once.
         for batch in rows.select_columns([config.image_column]).iter(_BATCH):
             records = batch[config.image_column]
-            looks = pool.map(_look, records, remaining, repeat(check))
-            for digest, reason in looks:
-                digests.append(digest)
-                reasons.append(reason)
+            looks += pool.map(look, records, remaining)
             bar.update(len(records))
-    bad = {i: reason for i, reason in enumerate(reasons) if reason}
+    bad = {name: look.reason for name, look in zip(names, looks, strict=True) if look.reason}
     if bad and config.on_bad_image == "error":
-        _raise_bad(bad, names)
-    return digests, bad
+        _raise_bad(bad, len(names))
+    return looks
 
 
-def _look(record: dict[str, Any] | None, name: str, check: bool) -> tuple[str | None, str | None]:
-    """Hash of an image file; and, if it is to be checked, why it cannot be read."""
+def _decode(record: dict[str, Any] | None, name: str) -> Look:
     try:
-        if check:
-            decode(record, name)
-        return digest_of(read_bytes(record)), None
+        picture = decode(record, name)
+        return Look(digest_of(read_bytes(record)), (picture.height, picture.width))
     except UserError as error:
-        return None, str(error).removeprefix(f"{name}: ")
-    except (OSError, ValueError):
-        return None, None  # not to be checked: decoding will report it when the image is met
+        return Look(reason=str(error).removeprefix(f"{name}: "))
 
 
-def _raise_bad(bad: dict[int, str], names: list[str]) -> None:
-    lines = [f"  {names[i]}: {reason}" for i, reason in list(bad.items())[:_LISTED]]
+def _measure(record: dict[str, Any] | None, name: str) -> Look:
+    try:
+        return Look(size=size_of(record, name))
+    except UserError as error:
+        return Look(reason=str(error).removeprefix(f"{name}: "))
+
+
+def _raise_bad(bad: dict[str, str], number: int) -> None:
+    lines = [f"  {name}: {reason}" for name, reason in list(bad.items())[:_LISTED]]
     if len(bad) > _LISTED:
         lines.append(f"  and {len(bad) - _LISTED} more")
     raise UserError(
-        f"{len(bad)} of {len(names)} images cannot be read:\n"
+        f"{len(bad)} of {number} images cannot be read:\n"
         + "\n".join(lines)
         + "\nRepair or remove them, or use --on_bad_image skip to leave them out."
     )

@@ -2,15 +2,18 @@
 
 import hashlib
 import io
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO
 
 import fsspec
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from iet_sd.errors import UserError
 
 _GREY_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+# EXIF orientations that exchange width and height.
+_TURNED = (5, 6, 7, 8)
 
 
 def decode(record: dict[str, Any] | None, name: str, digest: str | None = None) -> Image.Image:
@@ -35,16 +38,32 @@ def decode(record: dict[str, Any] | None, name: str, digest: str | None = None) 
         raise UserError(f"{name}: {_reason(error)}") from error
 
 
+def size_of(record: dict[str, Any] | None, name: str) -> tuple[int, int]:
+    """Height and width of what `decode` gives, from the file's header alone.
+
+    Errors: `UserError` ``"name: reason"`` for what cannot be read.
+    """
+    try:
+        with _open(record) as file, Image.open(file) as image:
+            # Of the base class: some formats would decode the image to look for a tag at its end.
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation) in _TURNED
+            return image.size if turned else image.size[::-1]
+    except Exception as error:  # as in decode
+        raise UserError(f"{name}: {_reason(error)}") from error
+
+
 def read_bytes(record: dict[str, Any] | None) -> bytes:
     """The encoded file of ``record``. Errors: `OSError`, or `ValueError` for an empty record."""
+    with _open(record) as file:
+        return file.read()
+
+
+def _open(record: dict[str, Any] | None) -> AbstractContextManager[BinaryIO]:
     content, path = (record or {}).get("bytes"), (record or {}).get("path")
     if content is None and path is None:
         raise ValueError("the row holds no image")
-    if content is None:
-        # A path may lead into an archive: zip://cat.png::/data/cats.zip
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
-    return content
+    # A path may lead into an archive: zip://cat.png::/data/cats.zip
+    return fsspec.open(path, "rb") if content is None else io.BytesIO(content)
 
 
 def digest_of(content: bytes) -> str:

@@ -5,8 +5,9 @@ Letters in shapes: N samples, K shards.
 
 import heapq
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,10 @@ class Visit:
 
     index: int
     seed: int
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A generator for the draws of one purpose."""
+        return torch.Generator().manual_seed(seed_for(self.seed, purpose))
 
 
 def split(
@@ -54,7 +59,8 @@ def visits(
 ) -> Iterator[Visit]:
     """Endless visits to ``members``, all once an epoch, each epoch in a new order.
 
-    Depends on (seed, round, shard) and the set of members only.
+    Depends on (seed, round, shard) and ``members`` only, not on their order. A member that is
+    there several times is visited so often.
 
     start: visits to skip, at no cost.
     """
@@ -62,10 +68,69 @@ def visits(
     assert members, f"shard {shard} is empty"
     first_epoch, offset = divmod(start, len(members))
     for epoch in itertools.count(first_epoch):
-        order = _permutation(len(members), seed_for(seed, "order", round, shard, epoch))
+        order = _order(seed, round, shard, epoch, len(members))
         for place in range(offset if epoch == first_epoch else 0, len(members)):
             position = epoch * len(members) + place
-            yield Visit(members[order[place]], seed_for(seed, "visit", round, shard, position))
+            yield Visit(members[order[place]], _visit_seed(seed, round, shard, position))
+
+
+def batches(
+    seed: int,
+    round: int,
+    shard: int,
+    members: Sequence[int],
+    batch_size: int,
+    size_of: Sequence[Hashable],
+    start: int = 0,
+) -> Iterator[list[Visit]]:
+    """Endless batches of visits, each batch of one size of image.
+
+    If all members are of one size, batches are the next ``batch_size`` of `visits` each. If not,
+    an epoch has the same visits, cut into batches by size, in an order by seed; the last batch of
+    each size may be smaller, so that a rare size is not left waiting. Depends on the same as
+    `visits`, and on ``size_of`` the members.
+
+    size_of: (N,) of all samples. start: batches to skip, at no cost.
+    """
+    members = sorted(members)
+    if len({size_of[index] for index in members}) <= 1:
+        order = visits(seed, round, shard, members, start * batch_size)
+        while True:
+            yield list(itertools.islice(order, batch_size))
+    first_epoch, offset = divmod(start, batches_per_epoch(members, batch_size, size_of))
+    for epoch in itertools.count(first_epoch):
+        order = _order(seed, round, shard, epoch, len(members))
+        places = defaultdict(list)
+        for place, member in enumerate(order):
+            places[size_of[members[member]]].append(place)
+        cut = [
+            same[first : first + batch_size]
+            for same in places.values()
+            for first in range(0, len(same), batch_size)
+        ]
+        numbers = _permutation(len(cut), seed_for(seed, "batches", round, shard, epoch))
+        for number in numbers[offset if epoch == first_epoch else 0 :]:
+            yield [
+                Visit(
+                    members[order[place]],
+                    _visit_seed(seed, round, shard, epoch * len(members) + place),
+                )
+                for place in cut[number]
+            ]
+
+
+def batches_per_epoch(members: Sequence[int], batch_size: int, size_of: Sequence[Hashable]) -> int:
+    """How many batches of one size each hold all ``members`` once."""
+    counts = Counter(size_of[index] for index in members)
+    return sum(math.ceil(count / batch_size) for count in counts.values())
+
+
+def _order(seed: int, round: int, shard: int, epoch: int, length: int) -> list[int]:
+    return _permutation(length, seed_for(seed, "order", round, shard, epoch))
+
+
+def _visit_seed(seed: int, round: int, shard: int, position: int) -> int:
+    return seed_for(seed, "visit", round, shard, position)
 
 
 def _spread(sizes: Counter[str], num_shards: int, seed: int) -> dict[str, int]:

@@ -1,14 +1,18 @@
 """The training data as one table: images, captions, stable names, and groups of near-duplicates."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
 from datasets import Dataset
+from torch import Tensor
 
 from iet_sd.config import DataConfig
+from iet_sd.config.buckets import Size, nearest
 from iet_sd.data import checks
+from iet_sd.data.shards import batches_per_epoch
 from iet_sd.data.tables import read_rows
 from iet_sd.errors import UserError
 
@@ -18,7 +22,8 @@ def load_source(config: DataConfig) -> "Source":
 
     Names of samples: --sample_id_column, else a column ``sample_id``, else in a folder of images
     their paths, else positions in the data set. Groups: --group_column, else images of equal
-    bytes. --max_train_samples takes the first rows, before any is left out.
+    bytes if all are checked, else none. --max_train_samples takes the first rows, before any is
+    left out.
 
     Errors: one `UserError` for a mistake, with all the samples it concerns.
     """
@@ -29,27 +34,38 @@ def load_source(config: DataConfig) -> "Source":
     if config.max_train_samples is not None:
         rows = rows.select(range(min(config.max_train_samples, len(rows))))
     names = _sample_ids(rows, config)
+    groups, repeats = _groups(rows, config), _repeats(rows, names, config)
     excluded = checks.missing_captions(rows, names, config)
     kept = [i for i in range(len(rows)) if i not in excluded]
-    digests, bad = checks.look_at_images(rows.select(kept), [names[i] for i in kept], config)
-    excluded |= {kept[i]: reason for i, reason in bad.items()}
-    digest_of = dict(zip(kept, digests, strict=True))
-    groups = _groups(rows, names, digest_of, config)
+    looks = checks.look_at_images(_selected(rows, kept), [names[i] for i in kept], config)
+    look_at = dict(zip(kept, looks, strict=True))
+    excluded |= {i: look.reason for i, look in look_at.items() if look.reason}
     kept = [i for i in kept if i not in excluded]
     if not kept:
         raise UserError(
             f"Nothing to train on: of {len(rows)} samples {len(excluded)} were left out for "
             "want of a caption or of a readable image."
         )
+    buckets = config.buckets
+    known = groups or {i: look_at[i].digest for i in kept}
     return Source(
-        dataset=rows.select_columns([config.image_column, config.caption_column]).select(kept),
+        dataset=_selected(rows.select_columns([config.image_column, config.caption_column]), kept),
         image_column=config.image_column,
         caption_column=config.caption_column,
         sample_ids=tuple(names[i] for i in kept),
-        groups=tuple(groups[i] for i in kept),
+        groups=tuple(
+            f"sample {names[i]}" if known[i] is None else f"group {known[i]}" for i in kept
+        ),
         excluded=tuple((names[i], excluded[i]) for i in sorted(excluded)),
-        digests=tuple(digest_of[i] for i in kept),
+        digests=tuple(look_at[i].digest for i in kept),
+        sizes=tuple(nearest(look_at[i].size, buckets) for i in kept),
+        repeats=tuple(repeats[i] for i in kept),
     )
+
+
+def _selected(rows: Dataset, kept: list[int]) -> Dataset:
+    """These rows; without an index of them, which slows reading down, if they are all."""
+    return rows if len(kept) == len(rows) else rows.select(kept)
 
 
 def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
@@ -63,8 +79,8 @@ def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
             f"Column {column!r} names only {len(names)} of {len(rows)} samples. Fill it, or name "
             "another with --sample_id_column."
         )
-    doubles = [name for name, count in Counter(names).items() if count > 1]
-    if doubles:
+    if len(set(names)) < len(names):
+        doubles = [name for name, count in Counter(names).items() if count > 1]
         raise UserError(
             f"Column {column!r} does not tell samples apart: more than one row has "
             f"{checks.listed(doubles)}. Name another with --sample_id_column."
@@ -72,20 +88,31 @@ def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
     return names
 
 
-def _groups(
-    rows: Dataset, names: list[str], digests: dict[int, str | None], config: DataConfig
-) -> list[str]:
-    """The group of every row; a row of which none is known is a group of its own."""
-    column = config.group_column
+def _groups(rows: Dataset, config: DataConfig) -> list[Any] | None:
+    """What --group_column says of every row, None of a row without; None without such a column."""
+    if config.group_column is None:
+        return None
+    checks.require_column(rows, "group_column", config.group_column, "names", checks.is_name)
+    return checks.cells(rows, config.group_column)
+
+
+def _repeats(rows: Dataset, names: list[str], config: DataConfig) -> list[int]:
+    """How often an epoch visits each row; once where nothing is said."""
+    column = config.repeats_column
     if column is None:
-        known = [digests.get(i) for i in range(len(rows))]
-    else:
-        checks.require_column(rows, "group_column", column, "names", checks.is_name)
-        known = checks.cells(rows, column)
-    return [
-        f"sample {name}" if group is None else f"group {group}"
-        for name, group in zip(names, known, strict=True)
-    ]
+        return [1] * len(rows)
+    checks.require_column(rows, "repeats_column", column, "whole numbers", checks.is_name)
+    repeats = []
+    for name, value in zip(names, checks.cells(rows, column), strict=True):
+        # As a text, since a folder's metadata are.
+        text = "1" if value is None else str(value) or "1"
+        if not text.isdecimal() or int(text) < 1:
+            raise UserError(
+                f"{name}: --repeats_column {column} must hold a whole number of 1 or more; got "
+                f"{value!r}."
+            )
+        repeats.append(int(text))
+    return repeats
 
 
 @dataclass(frozen=True)
@@ -104,9 +131,28 @@ class Source:
     """Name of each sample that the settings let be left out, and why."""
     digests: tuple[str | None, ...]
     """(N,) hashes of the image files, where they were read."""
+    sizes: tuple[Size, ...]
+    """(N,) height and width that each image is brought to."""
+    repeats: tuple[int, ...]
+    """(N,) how often an epoch visits each."""
+
+    def repeated(self, members: Sequence[int]) -> list[int]:
+        """The members of a shard, each as often as an epoch visits it."""
+        return [index for index in members for _ in range(self.repeats[index])]
+
+    def visits_per_epoch(self, shard_of_N: Tensor, batch_size: int) -> int:
+        """Visits of one epoch of all shards; a batch that a size does not fill counts as full."""
+        total = 0
+        for shard in shard_of_N[shard_of_N >= 0].unique().tolist():
+            members = self.repeated((shard_of_N == shard).nonzero().flatten().tolist())
+            if len({self.sizes[index] for index in members}) == 1:
+                total += len(members)
+            else:
+                total += batch_size * batches_per_epoch(members, batch_size, self.sizes)
+        return total
 
     def fingerprint(self) -> list[list[Any]]:
-        """What tells these samples from any others: name, group, captions and image of each."""
-        captions = self.dataset[self.caption_column]
-        columns = (self.sample_ids, self.groups, captions, self.digests)
+        """What tells these samples from any others: name, group, captions, image, repeats."""
+        captions = checks.cells(self.dataset, self.caption_column)
+        columns = (self.sample_ids, self.groups, captions, self.digests, self.repeats)
         return [list(sample) for sample in zip(*columns, strict=True)]

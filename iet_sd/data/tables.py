@@ -1,4 +1,4 @@
-"""Where rows come from: the Hub, parquet files, a data set saved to disk, a folder of images."""
+"""Where rows come from: the Hub, parquet files, archives, a data set saved to disk, a folder."""
 
 import logging
 import re
@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import datasets
 import pyarrow
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from iet_sd.config import DataConfig
+from iet_sd.data.archives import read_archives
 from iet_sd.data.folder import IMAGE_SUFFIXES, METADATA_NAMES, is_image, read_folder, walk
 from iet_sd.errors import UserError
 
@@ -45,13 +48,11 @@ def read_rows(config: DataConfig) -> Dataset:
 
 def _read_local(path: Path, config: DataConfig) -> Dataset:
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise UserError(f"{path}: expected a folder or a .parquet file.")
+        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"{path}: expected a folder, a .parquet file or a .tar archive.")
         with _local(path):
-            content = datasets.load_dataset(
-                "parquet", data_files=str(path), cache_dir=config.cache_dir
-            )
-        return _split_of(content, config, path)
+            return _load(kind, path, config, data_files=str(path))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         with _local(path):
             content = datasets.load_from_disk(str(path))
@@ -60,14 +61,11 @@ def _read_local(path: Path, config: DataConfig) -> Dataset:
     with_images = any(map(is_image, files))
     if _holds(files, TABLE_SUFFIXES) or (not with_images and _holds(files, ARCHIVE_SUFFIXES)):
         with _local(path):
-            content = datasets.load_dataset(
-                str(path), config.dataset_config_name, cache_dir=config.cache_dir
-            )
-        return _split_of(content, config, path)
+            return _load(str(path), path, config, name=config.dataset_config_name)
     if not with_images:
         raise UserError(
             f"{path} holds no images. Expected files like {', '.join(IMAGE_SUFFIXES)}, in it or "
-            "in folders of it, or parquet files, or a data set saved to disk; "
+            "in folders of it, or parquet files, .tar archives, or a data set saved to disk; "
             f"found {len(files)} other files."
         )
     return read_folder(path, files, config)
@@ -82,22 +80,34 @@ def _read_hub(config: DataConfig) -> Dataset:
     if not _HUB_ID.fullmatch(name):
         raise UserError(f"--dataset_name {name}: no such folder, and not a name on the Hub.")
     try:
-        content = datasets.load_dataset(
-            name, config.dataset_config_name, cache_dir=config.cache_dir
-        )
+        return _load(name, name, config, name=config.dataset_config_name)
     except _READ_ERRORS as error:
+        if mistake := _mistake_in(error):
+            raise mistake from error
         raise UserError(
             f"--dataset_name {name}: no such folder here, and the Hub answered: "
             f"{_message(error)} If it is a folder, check the path; if it is on the Hub, check "
             "the name, the network, and `hf auth login` for private data sets."
         ) from error
-    return _split_of(content, config, name)
 
 
-def _split_of(content: Dataset | DatasetDict, config: DataConfig, place: str | Path) -> Dataset:
-    splits = (
-        content if isinstance(content, DatasetDict) else {str(content.split or "train"): content}
-    )
+def _load(source: str, place: str | Path, config: DataConfig, **options: Any) -> Dataset:
+    """What `datasets.load_dataset` reads; archives as `read_archives` does."""
+    builder = datasets.load_dataset_builder(source, cache_dir=config.cache_dir, **options)
+    if isinstance(builder, WebDataset):
+        archives = _split_of(builder.config.data_files, config, place)
+        cache = config.cache_dir and str(Path(config.cache_dir, "downloads"))
+        manager = datasets.DownloadManager(
+            download_config=datasets.DownloadConfig(cache_dir=cache),
+        )
+        return read_archives(manager.download(list(archives)), config)
+    builder.download_and_prepare()
+    return _split_of(builder.as_dataset(), config, place)
+
+
+def _split_of(content: Any, config: DataConfig, place: str | Path) -> Any:
+    """The split that is asked for, of what there is: a mapping, or a data set of one."""
+    splits = {str(content.split or "train"): content} if isinstance(content, Dataset) else content
     if config.dataset_split not in splits:
         raise UserError(
             f"--dataset_split {config.dataset_split}: {place} has no such split, "
@@ -115,11 +125,20 @@ def _local(path: Path) -> Iterator[None]:
     try:
         yield
     except _READ_ERRORS as error:
+        if mistake := _mistake_in(error):
+            raise mistake from error
         raise UserError(f"{path} cannot be read as a data set: {_message(error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
+
+
+def _mistake_in(error: BaseException | None) -> UserError | None:
+    """The `UserError` that datasets has wrapped, if it is one."""
+    while not (error is None or isinstance(error, UserError)):
+        error = error.__cause__
+    return error
 
 
 def _message(error: BaseException) -> str:

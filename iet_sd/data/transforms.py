@@ -1,10 +1,11 @@
 """From a picture to what the VAE sees: resize, augment, crop, flip, normalise.
 
-Letters in shapes: R resolution.
+Letters in shapes: H height, W width. Sizes and places are (height, width) and (top, left).
 """
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -18,35 +19,61 @@ from iet_sd.errors import UserError
 BINS = 31
 
 
+class View(NamedTuple):
+    """A picture as one visit sees it, and what SDXL is told of it besides (Podell et al. 2023)."""
+
+    pixel_values: Tensor
+    """float32 (3, H, W), in [-1, 1]."""
+    original_size: tuple[int, int]
+    """Size of the picture before it was resized."""
+    crop_top_left: tuple[int, int]
+    """Where the crop begins in the resized picture; in its mirror image, if it was flipped."""
+
+
 def view(
     image: Image.Image,
     *,
-    resolution: int,
+    size: tuple[int, int],
     center_crop: bool,
     random_flip: bool,
     interpolation: str,
     generator: torch.Generator,
     magnitude: float | None = None,
     num_ops: int = 2,
-) -> Tensor:
-    """``image`` as one visit sees it: (3, R, R), float32 in [-1, 1].
+) -> View:
+    """``image`` as one visit sees it: resized to cover ``size`` (H, W), and cropped to it.
 
     Place of the crop and flip are drawn first, whether used or not, so that one seed gives the
     same crop and flip with (``magnitude`` given) and without augmentation.
     """
     across, down, flip = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
-    image = F.resize(image, resolution, InterpolationMode(interpolation))
+    original_size = image.height, image.width
+    image = F.resize(
+        image, list(cover(original_size, size)), InterpolationMode[interpolation.upper()]
+    )
     if magnitude is not None:
         image = rand_augment(image, num_ops, magnitude, generator)
+    height, width = size
+    spare = image.height - height, image.width - width
     if center_crop:
-        image = F.center_crop(image, [resolution, resolution])
+        top, left = (round(pixels / 2) for pixels in spare)
     else:
-        left = int(across * (image.width - resolution + 1))
-        top = int(down * (image.height - resolution + 1))
-        image = F.crop(image, top, left, resolution, resolution)
+        top, left = (
+            int(place * (pixels + 1)) for place, pixels in zip((down, across), spare, strict=True)
+        )
+    image = F.crop(image, top, left, height, width)
     if random_flip and flip < 0.5:
         image = F.hflip(image)
-    return F.normalize(F.to_tensor(image), [0.5], [0.5])
+        left = spare[1] - left
+    return View(F.normalize(F.to_tensor(image), [0.5], [0.5]), original_size, (top, left))
+
+
+def cover(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The smallest size of the same shape, cut to whole pixels, that ``size`` fits into."""
+    (h, w), (height, width) = original, size
+    if h * width <= w * height:
+        return height, int(height * w / h)
+    return int(width * h / w), width
 
 
 def rand_augment(

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPTokenizer
 
 from iet_sd.data.dataset import TrainingImages, collate, loader
-from iet_sd.data.shards import Visit, visits
+from iet_sd.data.shards import Visit, batches, visits
 from iet_sd.data.sources import load_source
 from iet_sd.errors import UserError
 from iet_sd.models.tokens import Tokenize
@@ -36,6 +36,7 @@ def images(folder, config, tokenizer):
             {"file_name": "b.png", "text": ["a", "b", "c"]},
         ]
         root = folder(["a.png", "b.png", "c.png"], rows)
+        Image.new("RGB", (16, 30), "red").save(root / "c.png")
         settings = config(
             root, resolution=R, random_flip=True, on_missing_caption="empty", **settings
         )
@@ -50,10 +51,12 @@ def equal(one, other):
     )
 
 
-def batches(dataset, number, num_workers):
-    source = visits(0, 0, 0, range(len(dataset)))
-    loading = loader(dataset, source, 4, num_workers, pin_memory=False)
-    return list(islice(loading, number))
+def batches_for(dataset, size=4):
+    return batches(0, 0, 0, range(len(dataset)), size, dataset.source.sizes)
+
+
+def loaded(dataset, number, num_workers):
+    return list(islice(loader(dataset, batches_for(dataset), num_workers, False), number))
 
 
 def test_example(images):
@@ -63,6 +66,8 @@ def test_example(images):
     assert example["pixel_values"].abs().max() <= 1
     assert example["input_ids"].tolist() == [0, 3, 2, 1, 1, 1]
     assert (example["index"], example["seed"]) == (0, 5)
+    assert (example["original_size"], example["target_size"]) == ((16, 20), (R, R))
+    assert example["crop_top_left"] in [(0, 0), (0, 1), (0, 2)]  # of 8 x 10
 
 
 def test_long_caption_is_cut(images):
@@ -100,66 +105,82 @@ def test_augmentation_changes_pixels_alone(images):
 def test_collate(images):
     dataset = images()
     big = 2**63 - 1
-    batch = collate([dataset[Visit(2, big)], dataset[Visit(0, 1)]])
+    batch = collate([dataset[Visit(1, big)], dataset[Visit(0, 1)]])
     assert batch["pixel_values"].shape == (2, 3, R, R)
     assert batch["pixel_values"].is_contiguous()
     assert batch["input_ids"].shape == (2, L)
-    assert batch["index"].tolist() == [2, 0]
+    assert batch["index"].tolist() == [1, 0]
     assert batch["seed"].tolist() == [big, 1]
-    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "index", "seed"))
+    assert batch["original_size"].tolist() == [[16, 20], [16, 20]]
+    assert batch["target_size"].tolist() == [[R, R], [R, R]]
+    assert batch["crop_top_left"].shape == (2, 2)
+    assert all(t.dtype == torch.int64 for name, t in batch.items() if name != "pixel_values")
 
 
 def test_loader_follows_the_visits(images):
     dataset = images()
     source = list(islice(visits(0, 0, 0, range(3)), 12))
-    for number, batch in enumerate(batches(dataset, 3, num_workers=0)):
+    for number, batch in enumerate(loaded(dataset, 3, num_workers=0)):
         chunk = source[4 * number : 4 * number + 4]
         assert equal(batch, collate([dataset[visit] for visit in chunk]))
 
 
-def test_last_batch_of_finite_visits_is_shorter(images):
-    loading = loader(images(), iter([Visit(0, i) for i in range(5)]), 3, 0, pin_memory=False)
-    assert [batch["seed"].tolist() for batch in loading] == [[0, 1, 2], [3, 4]]
-
-
 def test_loader_leaves_torchs_generator_alone(images):
     before = torch.get_rng_state()
-    batches(images(), 1, num_workers=0)
+    loaded(images(), 1, num_workers=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.fixture(params=["fork", "spawn"])
+@pytest.fixture(params=["fork", "spawn", "forkserver"])
 def start_method(request):
     usual = multiprocessing.get_start_method()
     multiprocessing.set_start_method(request.param, force=True)
-    yield
+    yield request.param
     multiprocessing.set_start_method(usual, force=True)
 
 
 def test_workers_give_the_same_batches_and_end(images, start_method):
-    dataset = images()
-    expected = batches(dataset, 3, num_workers=0)
-    loading = loader(dataset, visits(0, 0, 0, range(3)), 4, num_workers=1, pin_memory=False)
-    assert all(equal(*pair) for pair in zip(islice(loading, 3), expected, strict=True))
+    """Whatever they are started by, and with all that is drawn by chance: bit for bit."""
+    dataset = images(
+        aspect_ratio_buckets="8,8;8,16;16,8",
+        proportion_empty_prompts=0.3,
+        shuffle_caption=True,
+        caption_prefix="c",
+    )
+    assert len(set(dataset.source.sizes)) == 2
+    expected = loaded(dataset, 6, num_workers=0)
+    assert len({batch["pixel_values"].shape for batch in expected}) > 1
+    number = 2 if start_method == "fork" else 1  # the others import all anew
+    loading = loader(dataset, batches_for(dataset), number, pin_memory=False)
+    assert all(equal(*pair) for pair in zip(islice(loading, 6), expected, strict=True))
     workers = multiprocessing.active_children()
-    assert workers
+    assert len(workers) == number
     del loading
     for worker in workers:
         worker.join(timeout=10)
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_sizes_of_a_batch(images):
+    dataset = images(aspect_ratio_buckets="8,8;8,16;16,8")
+    for batch in loaded(dataset, 6, num_workers=0):
+        (size,) = {dataset.source.sizes[i] for i in batch["index"].tolist()}
+        assert batch["pixel_values"].shape[1:] == (3, *size)
+        assert batch["target_size"].tolist() == [list(size)] * len(batch["index"])
+        for index, original in zip(batch["index"].tolist(), batch["original_size"], strict=True):
+            assert original.tolist() == ([16, 20] if index < 2 else [30, 16])
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_bad_image_met_in_training_is_named(images, num_workers):
-    dataset = images(check_images="none", group_column="sample_id")  # so that no file is read
+    dataset = images(check_images="none")
     Path(dataset.source.dataset[1]["image"]["path"]).write_text("words")
     with pytest.raises(UserError) as error:
-        batches(dataset, 2, num_workers)
+        loaded(dataset, 2, num_workers)
     assert str(error.value) == "b.png: not an image, or of an unknown format"
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize("check_images", ["all", "none"])
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -169,14 +190,12 @@ def test_bad_image_met_in_training_is_named(images, num_workers):
     ],
     ids=["gone", "another", "cut"],
 )
-def test_an_image_that_goes_or_changes_in_training_is_named(
-    harm, reason, check_images, images, num_workers
-):
-    dataset = images(check_images=check_images)
-    batches(dataset, 2, num_workers)
+def test_an_image_that_goes_or_changes_in_training_is_named(harm, reason, images, num_workers):
+    dataset = images()
+    loaded(dataset, 2, num_workers)
     harm(Path(dataset.source.dataset[1]["image"]["path"]))
     with pytest.raises(UserError, match=rf"^b\.png: {reason}\. .*Put it back as it was") as error:
-        batches(dataset, 2, num_workers)
+        loaded(dataset, 2, num_workers)
     assert "\n" not in str(error.value)
 
 

@@ -3,6 +3,7 @@ import shutil
 
 import datasets
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
@@ -168,7 +169,7 @@ def test_empty_folder(config, tmp_path):
 
 def test_wrong_kind_of_file(config, tmp_path):
     (tmp_path / "x.docx").write_text("x")
-    assert "folder or a .parquet file" in error_of(config(tmp_path / "x.docx"))
+    assert "a folder, a .parquet file or a .tar archive" in error_of(config(tmp_path / "x.docx"))
 
 
 def test_images_without_captions(folder, config):
@@ -432,12 +433,22 @@ def test_position_names_survive_a_skip(config, tmp_path):
     assert reds(source) == [0, 2]
 
 
-@pytest.mark.parametrize("check_images", ["all", "none"])
-def test_equal_files_are_one_group(folder, config, check_images):
+def test_equal_files_are_one_group(folder, config):
     root = folder(["a.png", "b.png", "c.png"])
     shutil.copy(root / "a.png", root / "c.png")
-    first, second, third = load_source(config(root, check_images=check_images)).groups
+    first, second, third = load_source(config(root)).groups
     assert first == third != second
+
+
+def test_without_checks_no_image_is_read(folder, config):
+    """Nothing is known of them then; what each sample is called still is."""
+    root = folder(["a.png", "b.png"])
+    for path in root.glob("*.png"):
+        path.write_bytes(b"")
+    source = load_source(config(root, check_images="none"))
+    assert source.sample_ids == ("a.png", "b.png")
+    assert source.groups == ("sample a.png", "sample b.png")
+    assert source.digests == (None, None)
 
 
 def test_group_column(config, tmp_path):
@@ -452,6 +463,58 @@ def test_max_train_samples(config, tmp_path):
     table(5).save_to_disk(tmp_path / "x")
     assert reds(load_source(config(tmp_path / "x", max_train_samples=2))) == [0, 1]
     assert len(load_source(config(tmp_path / "x", max_train_samples=9)).dataset) == 5
+
+
+# Repeats
+
+
+def test_repeats(folder, config):
+    rows = [
+        {"file_name": "a.png", "text": "a", "n": 3},
+        {"file_name": "b.png", "text": "b", "n": "2"},
+        {"file_name": "c.png", "text": "c"},
+    ]
+    source = load_source(config(folder(rows=rows), repeats_column="n"))
+    assert source.repeats == (3, 2, 1)
+    assert source.repeated([2, 0]) == [2, 0, 0, 0]
+    assert load_source(config(folder(rows=rows))).repeats == (1, 1, 1)
+
+
+def test_repeats_of_a_table(config, tmp_path):
+    table(n=[1, None, 4]).save_to_disk(tmp_path / "x")
+    assert load_source(config(tmp_path / "x", repeats_column="n")).repeats == (1, 1, 4)
+    message = error_of(config(tmp_path / "x", repeats_column="m"))
+    assert "--repeats_column: column 'm' does not exist" in message
+
+
+@pytest.mark.parametrize("value", [0, -1, "1.5", "often", 2.0])
+def test_repeats_that_are_no_number(folder, config, value):
+    rows = [{"file_name": "a.png", "text": "a", "n": value}]
+    message = error_of(config(folder(["a.png"], rows), repeats_column="n"))
+    assert f"a.png: --repeats_column n must hold a whole number of 1 or more; got '{value}'" in (
+        message
+    )
+
+
+def test_visits_of_an_epoch(folder, config):
+    """A sample counts as often as it repeats, a batch that a size does not fill as a whole one."""
+    names = [f"{i}.png" for i in range(5)]
+    rows = [{"file_name": name, "text": "a", "n": 1 + (name == "0.png")} for name in names]
+    root = folder(names, rows)
+    Image.new("RGB", (8, 16)).save(root / "4.png")
+    square = load_source(config(root, repeats_column="n"))
+    shards = torch.tensor([0, 0, 1, -1, 1])
+    assert square.visits_per_epoch(shards, 2) == 5
+    several = load_source(config(root, repeats_column="n", aspect_ratio_buckets="8,8;16,8"))
+    # Of 3 visits of one size 3, since batches go on; of two sizes, a batch each.
+    assert several.visits_per_epoch(shards, 2) == 3 + 2 + 2
+
+
+def test_fingerprint_tells_repeats(folder, config):
+    rows = [{"file_name": "a.png", "text": "a", "n": 2}]
+    root = folder(["a.png"], rows)
+    prints = [load_source(config(root, repeats_column=n)).fingerprint() for n in ("n", None)]
+    assert prints[0] != prints[1]
 
 
 # The Hub

@@ -4,6 +4,7 @@ import torch
 from PIL import Image, ImageChops
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
 from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
 from iet_sd.data.transforms import OPS, apply_op, rand_augment, view
@@ -24,22 +25,26 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+def view_of(image, seed=0, **settings):
+    defaults = {"center_crop": False, "random_flip": True, "interpolation": "lanczos"}
+    return view(image, **{"size": (R, R), "generator": seeded(seed)} | defaults | settings)
+
+
 def see(image, seed=0, **settings):
-    settings = {"center_crop": False, "random_flip": True, "interpolation": "lanczos"} | settings
-    return view(image, resolution=R, generator=seeded(seed), **settings)
+    return view_of(image, seed, **settings).pixel_values
 
 
 def same(one, other):
     return ImageChops.difference(one, other).getbbox() is None
 
 
-@pytest.mark.parametrize("mode", ["lanczos", "bicubic", "bilinear", "box", "nearest"])
+@pytest.mark.parametrize("mode", [mode.lower() for mode in InterpolationMode.__members__])
 @pytest.mark.parametrize("size", [(64, 48), (20, 33), (R, R)])
 def test_centre_view_equals_torchvision(photo, mode, size):
     image = photo.resize(size)
     expected = transforms.Compose(
         [
-            transforms.Resize(R, interpolation=InterpolationMode(mode)),
+            transforms.Resize(R, interpolation=InterpolationMode[mode.upper()]),
             transforms.CenterCrop(R),
             transforms.ToTensor(),
             transforms.Normalize([0.5], [0.5]),
@@ -67,6 +72,38 @@ def test_random_view_is_a_window_of_the_resized_image(photo):
     # Every place and both directions come up: a place is missed with probability < 1e-5.
     assert {left for left, _ in seen} == set(range(whole.shape[2] - R + 1))
     assert 110 < sum(flipped for _, flipped in seen) < 190
+
+
+def whole_of(image, size):
+    return F.normalize(
+        F.to_tensor(image.resize(size[::-1], Image.Resampling.LANCZOS)), [0.5], [0.5]
+    )
+
+
+@pytest.mark.parametrize("center_crop", [False, True])
+@pytest.mark.parametrize("original", [(64, 48), (48, 64), (20, 33), (R, R), (7, 90)])
+@pytest.mark.parametrize("size", [(R, R), (24, 40), (40, 16)])
+def test_crop_is_told(photo, original, size, center_crop):
+    """In the resized image, or in its mirror image, the crop told is what is seen: SDXL's order."""
+    image = photo.resize(original[::-1])
+    (H, W), (h, w) = size, original
+    scale = max(H / h, W / w)
+    flips = set()
+    for seed in range(12):
+        seen = view_of(image, seed, size=size, center_crop=center_crop)
+        assert seen.original_size == original
+        top, left = seen.crop_top_left
+        resized = max(H, int(scale * h + 1e-9)), max(W, int(scale * w + 1e-9))
+        whole = whole_of(image, resized)
+        assert top == 0 or left == 0
+        if center_crop:
+            assert abs(2 * top - (resized[0] - H)) <= 1
+            assert abs(2 * left - (resized[1] - W)) <= 1
+        crops = [side[:, top : top + H, left : left + W] for side in (whole, whole.flip(2))]
+        found = [torch.equal(seen.pixel_values, crop) for crop in crops]
+        assert any(found)
+        flips.add(found[1])
+    assert flips == {False, True}
 
 
 def test_no_flip_unless_asked(photo):
