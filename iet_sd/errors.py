@@ -7,6 +7,10 @@ class UserError(ValueError):
     """A mistake of the user's: says what was expected, what came, and what to do."""
 
 
+class PushFailed(Exception):
+    """A result is whole on disk, and did not get to the Hub: says why, and maybe what to do."""
+
+
 class Stopped(BaseException):
     """The run was told to stop by a signal; no error, so no ``except Exception`` may catch it."""
 

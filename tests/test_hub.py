@@ -1,14 +1,18 @@
 """The model card is read by the Hub's own code, and says nothing of this machine."""
 
+import json
+
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
-from iet_sd import hub
 from iet_sd.arguments import from_layers, load
 from iet_sd.engine.rounds import RoundDone, ShardDone
 from iet_sd.engine.step import Counts
 from iet_sd.engine.tracking import round_line, table
+from iet_sd.hub.card import plain, refresh_card, write_card, write_settings
+from iet_sd.hub.contents import GRID, SETTINGS, contents, is_evaluated
 
 
 def line(number, **counts):
@@ -43,7 +47,7 @@ def card(config, tmp_path):
     """The card of a run, written and loaded again."""
 
     def make(**given):
-        hub.write_card(tmp_path / "result", config(**given), 123, ROUNDS)
+        write_card(tmp_path / "result", config(**given), 123, ROUNDS)
         return ModelCard.load(tmp_path / "result" / "README.md")
 
     return make
@@ -102,7 +106,7 @@ def test_method_settings_and_data_are_told(card):
         resolution=256,
     ).text
     assert "| method | `iet_agc`, preset `paper` |" in text
-    assert "| shards, rounds | 8, 25 |" in text
+    assert "| shards, rounds | 8, 2 of 25, training goes on |" in text
     assert "| trained | all of the UNet |" in text
     assert "| data | some/pictures, 123 images at 256 px |" in text
     assert "| optimizer updates | 9 over all proxies, batch size 4, learning rate 2.5e-06 |" in text
@@ -110,12 +114,159 @@ def test_method_settings_and_data_are_told(card):
     assert "| seed | 7 |" in text
 
 
+def test_a_round_that_is_not_the_last_says_so(card):
+    assert "| shards, rounds | 4, 2 of 3, training goes on |" in card(num_rounds=3).text
+    assert "| shards, rounds | 4, 2 |" in card(num_rounds=2).text
+
+
+def test_what_is_on_the_hub_is_linked(card):
+    data = card(
+        pretrained_model_name_or_path="some/model", dataset_name="some/data", train_data_dir=None
+    ).data
+    assert data.base_model_relation == "finetune"
+    assert data.datasets == ["some/data"]
+    assert "license" not in data.to_dict()
+    assert card().data.to_dict().keys().isdisjoint({"datasets", "base_model_relation", "license"})
+
+
+NASTY = [
+    "a | b",
+    "two\nlines\n\n# and a heading",
+    "<script>alert(1)</script>",
+    "<!-- iet_sd: end of evaluation -->",
+    "![x](http://x.invalid/x.png) [y](z)",
+    "1. not a list",
+    "- not a list",
+    "# no heading",
+    "`code` *bold* __bold__ ~~gone~~ \\| \\",
+    "> no quote & amp; &lt;",
+    "--- ",
+]
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_text_is_shown_as_it_is(text):
+    """By a Markdown reader of another's: in a list and in a table, one item of plain text."""
+    markdown = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    shown = " ".join(text.split())
+    for page, kind in (
+        (f"- {plain(text)}\n- next", "list_item_open"),
+        (f"| a | b |\n|---|---|\n| {plain(text)} | next |", "td_open"),
+    ):
+        tokens = markdown.parse(page)
+        assert sum(token.type == kind for token in tokens) == 2
+        inline = [t for t in tokens if t.type == "inline"][-2]
+        assert {child.type for child in inline.children} <= {"text", "text_special"}
+        assert "".join(child.content for child in inline.children) == shown
+
+
+def test_prompts_and_names_cannot_break_the_card(card, tmp_path):
+    (tmp_path / "result" / GRID).write_bytes(b"")
+    text = card(validation_prompts=tuple(NASTY), dataset_name="a|b<i>", train_data_dir=None).text
+    assert "<script>" not in text
+    assert "| data | a\\|b&lt;i&gt;, 123 images at 512 px |" in text
+    assert text.count("<!-- iet_sd: end of evaluation -->") == 1
+    assert text.count("\n## ") == 2
+
+
+@pytest.fixture
+def evaluated(card, tmp_path):
+    """A result with its card, to which an evaluation of a given date is added."""
+    folder = tmp_path / "result"
+    (folder / "evaluation").mkdir(parents=True, exist_ok=True)
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+
+    def measure(name, value, low, high, headline=True):
+        return {
+            "name": name,
+            "label": name.title(),
+            "value": value,
+            "low": low,
+            "high": high,
+            "level": None if low is None else 0.9,
+            "embedder": "pixels",
+            "headline": headline,
+        }
+
+    def make(created, value=0.25):
+        report = {
+            "created": created,
+            "verdict": "It copies.",
+            "seed": 3,
+            "settings": {"train_data_dir": str(tmp_path / "pictures")},
+            "model": {"name": str(folder)},
+            "data": {
+                "train": {"count": 1234},
+                "heldout": {"count": 56},
+                "prompts": 7,
+                "images_per_prompt": 2,
+            },
+            "measures": [
+                measure("excess", value, 0.125, 0.375),
+                measure("kid", None, None, None),
+                measure("other", 1.0, None, None, headline=False),
+            ],
+        }
+        path = folder / "evaluation" / "report.json"
+        path.write_text(json.dumps(report), encoding="utf-8")
+        return path
+
+    return folder, make
+
+
+def test_an_evaluation_is_told_in_the_card_and_nothing_else_changes(card, evaluated):
+    folder, report = evaluated
+    before = card().content + "\nMy own words.\n"
+    (folder / "README.md").write_text(before, encoding="utf-8")
+    assert "has not been measured" in before
+    assert refresh_card(folder, report("2026-01-01"))
+    after = (folder / "README.md").read_text(encoding="utf-8")
+    assert "has not been measured" not in after
+    assert "It copies.\n\n| measure | value | interval, 90% |\n|---|---|---|\n" in after
+    assert "| Excess (pixels) | 0.25 | 0.12 to 0.38 |\n| Kid (pixels) | – |  |\n\n" in after
+    assert "Other" not in after
+    assert "7 prompts, 2 image(s) each, seed 3; 1,234 training images, 56 held-out" in after
+
+    def others(text):
+        begin, end = text.index("<!-- iet_sd: evaluation"), text.index("<!-- iet_sd: end")
+        return text[:begin], text[end:]
+
+    assert others(after) == others(before)
+    refresh_card(folder, report("2026-01-02", 0.3))
+    again = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| 0.30 |" in again
+    assert "2026-01-01" not in again
+    assert others(again) == others(before)
+
+
+def test_a_card_that_is_not_ours_stays_as_it_is(evaluated):
+    folder, report = evaluated
+    (folder / "README.md").write_text("# Mine\n", encoding="utf-8")
+    assert not refresh_card(folder, report("2026-01-01"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == "# Mine\n"
+    assert is_evaluated(folder)
+    (folder / "README.md").unlink()
+    assert not refresh_card(folder, report("2026-01-01"))
+    assert not (folder / "README.md").exists()
+
+
+def test_an_evaluation_of_other_weights_is_neither_told_nor_pushed(card, evaluated):
+    folder, report = evaluated
+    report("2026-01-01")
+    assert "has not been measured" in card().text, "it was there before these weights"
+    assert not is_evaluated(folder)
+    assert "evaluation/report.json" not in contents(folder, "me/cats")
+    refresh_card(folder, report("2026-01-02"))
+    assert is_evaluated(folder)
+    assert "evaluation/report.json" in contents(folder, "me/cats")
+
+
 def test_plain_fine_tuning_does_not_claim_the_method(card):
     assert "memoriz" in card().text
-    plain = card(method="none").text
-    assert "plain fine-tuning" in plain
-    assert "memoriz" not in plain
-    assert "2502.09434" not in plain
+    text = card(method="none").text
+    assert "plain fine-tuning" in text
+    assert "memoriz" not in text.partition("<!--")[0]
+    assert "2502.09434" not in text
 
 
 @pytest.mark.parametrize("given", MODES, ids=["full", "lora"])
@@ -128,17 +279,18 @@ def test_use_is_valid_python_for_the_kind_of_result(card, given):
 
 
 def test_pictures_are_shown_where_there_are_some(card, tmp_path):
+    assert GRID not in card(validation_prompts=("a cat",)).content
     # A picture that an earlier run left in the folder is not this run's.
-    (tmp_path / "result" / hub.GRID).write_bytes(b"")
-    assert hub.GRID not in card().content
-    assert f"]({hub.GRID})" in card(validation_prompts=("a cat",)).content
+    (tmp_path / "result" / GRID).write_bytes(b"")
+    assert GRID not in card().content
+    assert f"]({GRID})\n\n- a cat\n" in card(validation_prompts=("a cat",)).content
 
 
 @pytest.mark.parametrize("given", [*MODES, {"validation_prompts": ("ein Kätzchen", "no")}], ids=str)
 def test_settings_load_again(config, given, tmp_path):
     config = config(**given, mixed_precision="no")
-    hub.write_settings(tmp_path / "result", config)
-    path = tmp_path / "result" / hub.SETTINGS
+    write_settings(tmp_path / "result", config)
+    path = tmp_path / "result" / SETTINGS
     assert from_layers(yaml.safe_load(path.read_text(encoding="utf-8"))) == from_layers(
         config.as_dict()
     )

@@ -18,7 +18,7 @@ LAYERS = (
     ("data", "models"),  # L2
     ("sampling",),
     ("engine", "evaluation"),  # L3
-    ("hub",),  # L4
+    ("hub", "probing"),  # L4
     ("reporting",),
     ("cli",),  # L5
     ("__main__",),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from iet_sd.errors import Stopped, UserError
+from iet_sd.errors import PushFailed, Stopped, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +33,9 @@ def status_of(command: Callable[[], None], way_on: str) -> int:
     except UserError as error:
         print(f"{prefix}: {error}", file=sys.stderr)
         return 2
+    except PushFailed as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return 1
     except (OSError, SafetensorError) as error:
         if _errno(error) not in _CANNOT_WRITE:
             raise

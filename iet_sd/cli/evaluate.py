@@ -37,6 +37,8 @@ def _evaluate(argv: Sequence[str]) -> None:
     prog = "python -m iet_sd evaluate"
     settings = load(argv, EvaluateSettings, prog, below=_as_trained)
     from iet_sd.evaluation import run
+    from iet_sd.hub.card import refresh_card
+    from iet_sd.hub.contents import EVALUATION
 
     run.check(settings)
     output_dir = _output_dir(settings)
@@ -45,6 +47,9 @@ def _evaluate(argv: Sequence[str]) -> None:
     report = run.evaluate(settings, model, output_dir, command, process)
     if report is not None:
         print(f"{report['verdict']}\nSaved to {output_dir}: open {output_dir / 'report.html'}")
+        folder = _result_folder(settings)
+        if folder is not None and output_dir == folder / EVALUATION:
+            refresh_card(folder, output_dir / "report.json")
 
 
 def _generate(argv: Sequence[str]) -> None:
@@ -83,9 +88,14 @@ def _output_dir(settings: EvaluateSettings | GenerateSettings) -> Path:
     """As given; else ``evaluation`` in the folder of the LoRA or model, or here for a Hub id."""
     if settings.generation.output_dir:
         return Path(settings.generation.output_dir).expanduser()
+    return (_result_folder(settings) or Path()) / "evaluation"
+
+
+def _result_folder(settings: EvaluateSettings | GenerateSettings) -> Path | None:
+    """Where the LoRA or model lies; None for a Hub id."""
     pipeline = settings.pipeline
     place = Path(pipeline.lora_weights or pipeline.pretrained_model_name_or_path).expanduser()
-    return (place if place.is_dir() else place.parent if place.is_file() else Path()) / "evaluation"
+    return place if place.is_dir() else place.parent if place.is_file() else None
 
 
 def _set_up(settings: EvaluateSettings | GenerateSettings) -> tuple["Model", "Process"]:

@@ -4,11 +4,14 @@ import re
 import shutil
 from pathlib import Path
 
-from iet_sd import hub
+from iet_sd import probing
 from iet_sd.config import Config
 from iet_sd.engine import checkpoint
 from iet_sd.errors import UserError
-from iet_sd.models.layout import INDEX, PARTS
+from iet_sd.hub.contents import GRID, PENDING, SETTINGS
+from iet_sd.models.family import PARTS
+from iet_sd.models.layout import INDEX
+from iet_sd.models.saving import KOHYA_LORA, MERGED, NON_EMA, NON_EMA_LORA
 
 _LORA = "pytorch_lora_weights.safetensors"
 _METRICS = "metrics.jsonl"
@@ -19,7 +22,10 @@ _WRITTEN = re.compile(
     "|".join(
         [
             *map(re.escape, (INDEX, *PARTS, _LORA, _METRICS, "README.md")),
-            *map(re.escape, (hub.SETTINGS, hub.GRID)),
+            *map(re.escape, (KOHYA_LORA, MERGED, NON_EMA_LORA)),
+            *(f"{part}{NON_EMA}" for part in PARTS),
+            *map(re.escape, (SETTINGS, GRID, PENDING)),
+            *map(re.escape, (probing.FOLDER, probing.PICTURE, probing.BEST)),
             r"validation-\d+\.png",
             r"checkpoint-\d+",
             r"\.(checkpoint-\d+\.)?partial",
@@ -75,14 +81,22 @@ def _check_inputs(output_dir: Path, config: Config) -> None:
         raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
     inputs = {
         "model": config.model.pretrained_model_name_or_path,
+        "VAE": config.model.pretrained_vae_model_name_or_path,
         "training data": config.data.train_data_dir or config.data.dataset_name,
     }
     for what, name in inputs.items():
-        place = Path(name).expanduser()
-        if place.is_dir() and place.resolve() == output_dir.resolve():
+        if name is None:
+            continue
+        place = Path(name).expanduser().resolve()
+        if place.is_dir() and place == output_dir.resolve():
             raise UserError(
                 f"--output_dir {output_dir} is the folder of the {what} to start from; give "
                 "another one."
+            )
+        if place.parent == output_dir.resolve() and _WRITTEN.fullmatch(place.name):
+            raise UserError(
+                f"{name}, the {what} to start from, is what a run writes in --output_dir "
+                f"{output_dir}; give another one."
             )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from iet_sd.arguments import load
 from iet_sd.cli.common import make_accelerator, status_of
+from iet_sd.cli.push import hide_from_trackers, open_repository, push_result
 from iet_sd.config import Config
 from iet_sd.engine.stopping import Signals
 from iet_sd.errors import UserError
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from iet_sd.data.sources import Source
     from iet_sd.engine.checkpoint import Checkpoint
+    from iet_sd.hub.push import Repository
 
 logger = logging.getLogger("iet_sd")
 _WAY_ON = (
@@ -52,12 +54,15 @@ def _train(config: Config, signals: Signals) -> None:
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
     from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
-    from iet_sd.models.loading import check_model
+    from iet_sd.models.finding import check_model
 
+    hide_from_trackers(config.hub.hub_token)
     output_dir = Path(config.training.output_dir)
     check_model(config.model)
-    check_attention(config.model.enable_xformers_memory_efficient_attention)
+    check_attention(config.model.attention_backend)
+    check_optimizer(config.training)
     _check_tracker(config.training.report_to)
 
     logging_dir = output_dir / config.training.logging_dir
@@ -70,6 +75,7 @@ def _train(config: Config, signals: Signals) -> None:
     plan.check_processes(config, accelerator.num_processes)
     processes = accelerator.process_index, accelerator.num_processes
     found = from_main(lambda: open_checkpoint(config), *processes)
+    repository = open_repository(config, *processes)
     seed = config.training.seed
     if seed is None and found:
         seed = found.identity["seed"]
@@ -84,11 +90,13 @@ def _train(config: Config, signals: Signals) -> None:
 
     with accelerator.main_process_first():
         source = load_source(config.data)
+        heldout = _load_heldout(config)
     for name, reason in source.excluded:
         logger.warning("left out %s: %s", name, reason)
     method = config.method
     shard_of_N = split(source.groups, method.num_shards, seed, method.shard_split)
-    steps = plan.steps_per_round(config, int((shard_of_N >= 0).sum()))
+    visits = source.visits_per_epoch(shard_of_N, config.training.train_batch_size)
+    steps = plan.steps_per_round(config, visits)
     if config.training.dry_run:
         if accelerator.is_main_process:
             sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
@@ -96,17 +104,22 @@ def _train(config: Config, signals: Signals) -> None:
             print(plan.describe(config, sizes, steps, needs, accelerator.device))
         return
     try:
-        _run(config, source, shard_of_N, steps, found, accelerator, signals)
+        _run(config, source, heldout, shard_of_N, steps, found, repository, accelerator, signals)
     finally:
         accelerator.end_training()
+    # Last of all: others don't wait for it.
+    if repository is not None:
+        push_result(output_dir, repository, signals)
 
 
 def _run(
     config: Config,
     source: "Source",
+    heldout: "Source | None",
     shard_of_N: "Tensor",
     steps: int,
     found: "Checkpoint | None",
+    repository: "Repository | None",
     accelerator: "Accelerator",
     signals: Signals,
 ) -> None:
@@ -119,25 +132,27 @@ def _run(
     from iet_sd.engine.checkpointer import Checkpointer
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
-    from iet_sd.engine.objective import Objective
+    from iet_sd.engine.objective import Objective, check_dream
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
     from iet_sd.models.fingerprint import fingerprint
-    from iet_sd.models.loading import load_components
+    from iet_sd.models.loading import load_components, prediction_type
+    from iet_sd.probing import Prober
     from iet_sd.reporting import Reporter
     from iet_sd.seeding import seed_for
 
     training, device = config.training, accelerator.device
     dtype = plan.weight_dtype(training.mixed_precision)
+    check_dream(training.dream, prediction_type(config.model, config.data.cache_dir))
     components = load_components(config.model, dtype, config.data.cache_dir)
     components.latent_size(config.data.resolution)
     parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
-    for part in (components.vae, components.text_encoder, components.unet):
+    for part in (components.vae, *components.text_encoders, components.unet):
         part.to(device)
-    xformers = config.model.enable_xformers_memory_efficient_attention
-    attention = enable_attention(components.unet, xformers, device, dtype)
+    backend = config.model.attention_backend
+    attention = enable_attention(components.unet, backend, device, dtype)
     if training.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     logger.info(
@@ -161,6 +176,8 @@ def _run(
             accelerator.autocast,
             training.noise_offset,
             training.snr_gamma,
+            training.input_perturbation,
+            training.dream,
         ),
         dataset=TrainingImages(source, components.tokenize, config.data),
         parameters=parameters,
@@ -170,7 +187,8 @@ def _run(
         num_processes=accelerator.num_processes,
     )
     processes = accelerator.process_index, accelerator.num_processes
-    model = from_main(lambda: fingerprint(components.folder, components.variant), *processes)
+    files = components.folder, components.variant, components.vae_folder
+    model = from_main(lambda: fingerprint(*files), *processes)
     shared = identity(config, steps, model, source.fingerprint())
     output_dir = Path(training.output_dir)
     with open_store(training.proxy_store, output_dir, *processes) as store:
@@ -179,8 +197,14 @@ def _run(
         checkpointer.load(found)
         if accelerator.is_main_process and not goes_on_here(found, output_dir):
             make_way(config)
+        prober = Prober(
+            config, accelerator.is_main_process, components, parameters, state, accelerator.autocast
+        )
+        prober.begin(source, heldout, device, found and found.folder)
         checkpointer.begin(found)
-        reporter = Reporter(config, accelerator, components, state, steps)
+        reporter = Reporter(
+            config, accelerator, components, parameters, state, steps, prober, repository
+        )
         with closing(reporter):
             for event in trainer.run(state):
                 reporter.show(event)
@@ -188,6 +212,18 @@ def _run(
     if accelerator.is_main_process:
         reporter.finish(len(source.sample_ids))
     accelerator.wait_for_everyone()
+
+
+def _load_heldout(config: Config) -> "Source | None":
+    """The images that --eval_every_rounds compares with; errors as `load_source`."""
+    if config.probe.eval_every_rounds is None:
+        return None
+    from iet_sd.data.sources import load_source
+    from iet_sd.evaluation.embedders import check_embedder
+    from iet_sd.evaluation.run import heldout_of
+
+    check_embedder(config.probe.eval_embedder, cache_dir=config.data.cache_dir)
+    return load_source(heldout_of(config.data))
 
 
 def _check_tracker(name: str) -> None:

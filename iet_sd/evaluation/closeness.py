@@ -11,6 +11,7 @@ import numpy as np
 from iet_sd.evaluation.copying import auth_pct
 from iet_sd.evaluation.neighbours import Neighbours, nearest
 from iet_sd.evaluation.ratio import l2_ratio
+from iet_sd.evaluation.search import Engine, Metric
 from iet_sd.evaluation.sets import Features
 
 # Neighbours of the l2-ratio (Carlini et al. 2023).
@@ -25,9 +26,10 @@ def unit(features_ND: np.ndarray) -> np.ndarray:
     return features_ND / np.where(length == 0, 1, length)
 
 
-def l2_ratios(features: Features, name: str) -> "Ratios":
+def l2_ratios(features: Features, name: str, engine: Engine = "exact") -> "Ratios":
     """How near a set lies to the training images, in Euclidean distance."""
-    near = _to_train(features, name, min(RATIO_NEIGHBOURS, len(features["train"])), "l2")
+    k = min(RATIO_NEIGHBOURS, len(features["train"]))
+    near = _to_train(features, name, engine, k, "l2")
     return Ratios(near.value_QK, l2_ratio(near.value_QK, RATIO_NEIGHBOURS))
 
 
@@ -53,12 +55,12 @@ class Closeness:
     """Of each generation to the training image whose caption it was drawn for; NaN for none."""
 
     @classmethod
-    def of(cls, features: Features, own_G: np.ndarray) -> "Closeness":
+    def of(cls, features: Features, own_G: np.ndarray, engine: Engine = "exact") -> "Closeness":
         """``own_G``: the training image of each generation's prompt, -1 for none."""
         return cls(
-            generated=_to_train(features, "generated"),
-            train=_to_train(features, "train"),
-            heldout=_to_train(features, "heldout") if "heldout" in features else None,
+            generated=_to_train(features, "generated", engine),
+            train=_to_train(features, "train", engine),
+            heldout=_to_train(features, "heldout", engine) if "heldout" in features else None,
             own_G=_own(features, own_G),
         )
 
@@ -82,13 +84,22 @@ class Closeness:
         return {"embedder": embedder, "edges": edges.tolist(), "heldout": None} | counts
 
 
-def _to_train(features: Features, name: str, k: int = 1, metric: str = "cosine") -> Neighbours:
+def _to_train(
+    features: Features, name: str, engine: Engine, k: int = 1, metric: Metric = "cosine"
+) -> Neighbours:
     train = features["train"]
     own = np.arange(len(train)) if name == "train" else None
     flipped = features.mirrored(name)
     what = f"Neighbours of {name}"
     return nearest(
-        features[name], train, k, metric, flipped_QD=flipped, exclude_Q=own, progress=what
+        features[name],
+        train,
+        k,
+        metric,
+        flipped_QD=flipped,
+        exclude_Q=own,
+        progress=what,
+        engine=engine,
     )
 
 

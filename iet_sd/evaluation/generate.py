@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -95,7 +95,7 @@ class Generations:
 def generate(
     request: Request,
     model_fingerprint: str,
-    load_pipeline: Callable[[], StableDiffusionPipeline],
+    load_pipeline: Callable[[], DiffusionPipeline],
     cache_dir: Path,
     *,
     batch_size: int = 8,
@@ -132,9 +132,7 @@ def generate(
     return generations
 
 
-def _draw_batch(
-    pipeline: StableDiffusionPipeline, generations: Generations, batch: list[int]
-) -> None:
+def _draw_batch(pipeline: DiffusionPipeline, generations: Generations, batch: list[int]) -> None:
     """Draw and save the images of these indices."""
     request = generations.request
     prompts = [int(generations.prompt_G[g]) for g in batch]
@@ -163,7 +161,7 @@ def _draw_batch(
 
 
 def _write_request(
-    generations: Generations, model_fingerprint: str, pipeline: StableDiffusionPipeline
+    generations: Generations, model_fingerprint: str, pipeline: DiffusionPipeline
 ) -> None:
     content = {
         "model": model_fingerprint,

@@ -101,12 +101,12 @@ class TableImages:
     def __getitem__(self, index: int) -> Image.Image:
         pixels = view(
             decode(self._record(index), self.ids[index], self.source.digests[index]),
-            resolution=self.resolution,
+            size=(self.resolution, self.resolution),
             center_crop=True,
             random_flip=False,
             interpolation=self.interpolation,
             generator=torch.Generator(),  # draws what is not used here
-        )
+        ).pixel_values
         # From [-1, 1] back to the very bytes that it came from.
         return F.to_pil_image((pixels * 127.5 + 127.5).round().to(torch.uint8))
 

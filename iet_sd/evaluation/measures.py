@@ -14,7 +14,13 @@ from iet_sd.evaluation.closeness import Ratios
 from iet_sd.evaluation.kid import kid_interval
 from iet_sd.evaluation.ratio import mq
 from iet_sd.evaluation.similarity import summarize
-from iet_sd.evaluation.statistics import Estimate, bootstrap, permutation_test
+from iet_sd.evaluation.statistics import (
+    Estimate,
+    bootstrap,
+    difference_of_shares,
+    exact_share,
+    permutation_test,
+)
 
 Section = Literal["Copying", "Membership", "Quality"]
 Better = Literal["lower", "higher", "zero"]
@@ -172,24 +178,41 @@ class Resampling:
     seed: int = 0
 
     def generated(
-        self, statistic: Callable[[np.ndarray], Mapping[str, float]], value_G: np.ndarray
+        self,
+        statistic: Callable[[np.ndarray], Mapping[str, float]],
+        value_G: np.ndarray,
+        shares: Sequence[str] = (),
     ) -> dict[str, Estimate]:
-        """Numbers of the generations alone, by name."""
-        return self._by_name(statistic, [value_G], [self.prompt_G])
+        """Numbers of the generations alone, by name; ``shares`` as `exact_share`, of prompts."""
+        found = self._by_name(statistic, [value_G], [self.prompt_G])
+        return found | {name: exact_share(found[name], _count(self.prompt_G)) for name in shares}
 
     def excess(
         self,
         statistic: Callable[[np.ndarray], Mapping[str, float]],
         value_G: np.ndarray,
         value_H: np.ndarray,
+        shares: Sequence[str] = (),
     ) -> dict[str, Estimate]:
-        """Numbers of the generations minus those of the held-out images, by name."""
+        """Numbers of the generations minus those of the held-out images, by name.
+
+        ``shares`` of which one is 0 or 1 have the intervals of `exact_share`, put together.
+        """
 
         def difference(value_G: np.ndarray, value_H: np.ndarray) -> dict[str, float]:
             baseline = statistic(value_H)
             return {name: value - baseline[name] for name, value in statistic(value_G).items()}
 
-        return self._by_name(difference, [value_G, value_H], [self.prompt_G, self.group_H])
+        found = self._by_name(difference, [value_G, value_H], [self.prompt_G, self.group_H])
+        values = statistic(value_G), statistic(value_H)
+        rare = [name for name in shares if any(value[name] in (0.0, 1.0) for value in values)]
+        if rare:
+            generated = self.generated(statistic, value_G, rare)
+            heldout = self._by_name(statistic, [value_H], [self.group_H])
+            for name in rare:
+                baseline = exact_share(heldout[name], _count(self.group_H))
+                found[name] = difference_of_shares(generated[name], baseline)
+        return found
 
     def images(
         self, statistic: Callable[..., Mapping[str, float]], train: np.ndarray, heldout: np.ndarray
@@ -209,6 +232,10 @@ class Resampling:
         return dict(zip(statistic(*samples), estimates, strict=True))
 
 
+def _count(labels: np.ndarray) -> int:
+    return len(np.unique(labels))
+
+
 def copying(
     similarity_G: np.ndarray,
     own_G: np.ndarray | None,
@@ -224,10 +251,10 @@ def copying(
     """
     section, shown = "Copying", []
     statistic = lambda value: summarize(value, thresholds)  # noqa: E731
-    found = by.generated(statistic, similarity_G)
-    shares = [name for name in found if name.startswith("share_above_")]
+    shares = [name for name in statistic(similarity_G) if name.startswith("share_above_")]
+    found = by.generated(statistic, similarity_G, shares)
     if heldout_H is not None:
-        over = by.excess(statistic, similarity_G, heldout_H)
+        over = by.excess(statistic, similarity_G, heldout_H, shares)
         p_value = permutation_test(
             similarity_G, heldout_H, clusters=[by.prompt_G, by.group_H], seed=by.seed
         )
@@ -254,9 +281,10 @@ def distances(ratios: Mapping[str, Ratios], by: Resampling) -> list[Measure]:
     """
     generated, heldout = ratios["generated"], ratios.get("heldout")
     copies = lambda ratio: {"share": (ratio < 1).mean()}  # noqa: E731
-    shown = [measure("Copying", "l2_copies", by.generated(copies, generated.ratio_Q)["share"])]
+    found = by.generated(copies, generated.ratio_Q, ["share"])
+    shown = [measure("Copying", "l2_copies", found["share"])]
     if heldout is not None:
-        excess = by.excess(copies, generated.ratio_Q, heldout.ratio_Q)["share"]
+        excess = by.excess(copies, generated.ratio_Q, heldout.ratio_Q, ["share"])["share"]
         shown.append(measure("Copying", "excess_l2_copies", excess))
     counts = mq(generated.distance_QK)
     return [*shown, *(measure("Copying", f"mq_{cut}", count) for cut, count in counts.items())]
@@ -264,7 +292,9 @@ def distances(ratios: Mapping[str, Ratios], by: Resampling) -> list[Measure]:
 
 def authenticity(authentic_G: np.ndarray, by: Resampling) -> Measure:
     """AuthPct, as a share."""
-    return mean_of("Copying", "authentic", authentic_G.astype(float), by)
+    share = lambda value: {"share": value.mean()}  # noqa: E731
+    found = by.generated(share, authentic_G.astype(float), ["share"])
+    return measure("Copying", "authentic", found["share"])
 
 
 def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list[Measure]:

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
-from scipy.stats import mannwhitneyu
+from diffusers import DDPMScheduler, DiffusionPipeline
+from scipy.stats import rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -21,6 +21,7 @@ from iet_sd.data.transforms import view
 from iet_sd.errors import UserError
 from iet_sd.evaluation.images import ImageSet
 from iet_sd.evaluation.statistics import Estimate, bootstrap
+from iet_sd.models.family import family_of, whole_image
 from iet_sd.sampling import evaluating
 from iet_sd.seeding import seed_for
 
@@ -32,7 +33,7 @@ def stratified_timesteps(count: int, num_train_timesteps: int) -> list[int]:
 
 @torch.no_grad()
 def stratified_losses(
-    pipeline: StableDiffusionPipeline,
+    pipeline: DiffusionPipeline,
     images: ImageSet,
     captions: Sequence[str],
     timesteps: Sequence[int],
@@ -57,9 +58,7 @@ def stratified_losses(
             rows = range(start, min(start + batch_size, len(images)))
             seeds_B = [seed_for(seed, "membership", images.ids[n]) for n in rows]
             latents = _latents(pipeline, images, rows, resolution)
-            embeddings = pipeline.encode_prompt(
-                [captions[n] for n in rows], pipeline.device, 1, do_classifier_free_guidance=False
-            )[0]
+            condition = _condition(pipeline, [captions[n] for n in rows], resolution)
             for s, timestep in enumerate(timesteps):
                 noise = diffusion.draw_noise(seeds_B, str(s), latents.shape[1:]).to(latents)
                 timesteps_B = torch.full((len(rows),), timestep, device=latents.device)
@@ -67,7 +66,7 @@ def stratified_losses(
                     noise_scheduler, latents, noise, timesteps_B
                 )
                 model_pred = pipeline.unet(
-                    noisy_latents.to(pipeline.unet.dtype), timesteps_B, embeddings
+                    noisy_latents.to(pipeline.unet.dtype), timesteps_B, **condition
                 ).sample
                 loss_NS[rows, s] = diffusion.per_sample_loss(model_pred, target).cpu()
     _check_finite(loss_NS, images, timesteps)
@@ -92,7 +91,8 @@ def membership_auc(train_N: np.ndarray, heldout_N: np.ndarray) -> float:
 
     0.5: the loss tells nothing; ties count half. It is the area under the ROC curve.
     """
-    u = mannwhitneyu(heldout_N, train_N, method="asymptotic").statistic
+    ranks = rankdata(np.concatenate([heldout_N, train_N]))[: len(heldout_N)]
+    u = ranks.sum() - len(heldout_N) * (len(heldout_N) + 1) / 2
     return float(u / (len(train_N) * len(heldout_N)))
 
 
@@ -105,21 +105,28 @@ def tpr_at_fpr(train_N: np.ndarray, heldout_N: np.ndarray, fpr: float = 0.01) ->
     return float((train_N < np.sort(heldout_N)[allowed]).mean())
 
 
-def _latents(
-    pipeline: StableDiffusionPipeline, images: ImageSet, rows: range, resolution: int
-) -> Tensor:
+def _condition(
+    pipeline: DiffusionPipeline, captions_B: Sequence[str], resolution: int
+) -> dict[str, Any]:
+    """What the UNet is told of images of these captions, as if they were not cropped."""
+    family = family_of(pipeline)
+    batch = family.tokenize(pipeline).batch(captions_B) | whole_image(resolution, len(captions_B))
+    return family.condition(pipeline, {k: t.to(pipeline.device) for k, t in batch.items()})
+
+
+def _latents(pipeline: DiffusionPipeline, images: ImageSet, rows: range, resolution: int) -> Tensor:
     """float32 latents of some images, resized and cropped at the centre."""
     vae = pipeline.vae
     pixels = torch.stack(
         [
             view(
                 images[n],
-                resolution=resolution,
+                size=(resolution, resolution),
                 center_crop=True,
                 random_flip=False,
                 interpolation="lanczos",
                 generator=torch.Generator(),
-            )
+            ).pixel_values
             for n in rows
         ]
     )

@@ -1,8 +1,8 @@
 """Exact nearest neighbours of every query, tile by tile, in memory that the base does not enlarge.
 
-A matrix product gives the distances of a tile but for rounding. The pairs which, by a bound on that
-rounding, may belong to the best are measured again directly. So a copy is at distance 0, ties are
-ties, and the result does not depend on the tiling; faiss or a plain product promise none of these.
+A matrix product, or faiss, gives the distances of a tile but for rounding. The pairs which, by a
+bound on that rounding, may belong to the best are measured again directly. So a copy is at distance
+0, ties are ties, and the result does not depend on the tiling; neither of the two promises these.
 
 Shapes: Q queries, N base rows, D dimensions, K neighbours; P pairs (query, row) measured directly;
 V views of the queries (as they are, mirrored).
@@ -10,20 +10,16 @@ V views of the queries (as they are, mirrored).
 
 import mmap
 from dataclasses import dataclass
-from functools import reduce
-from typing import Literal
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from iet_sd.errors import UserError
-
-Metric = Literal["cosine", "l2"]
+from iet_sd.evaluation.search import SEARCHES, Block, Engine, Metric, Rules, as_score
 
 _TILE_QUERIES = 256
 _BYTES_OF_PAIR = 100  # of a tile: its scores, and the sorting if every pair must be measured
 _MIN_NORM, _MAX_NORM = 1e-18, 1e18  # beyond, squares in float32 vanish or overflow
-_UNIT_ROUNDOFF = 2.0**-24  # of float32
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,7 @@ def nearest(
     groups: tuple[np.ndarray, np.ndarray] | None = None,
     memory_bytes: int = 256 * 2**20,
     progress: str | None = None,
+    engine: Engine = "exact",
 ) -> Neighbours:
     """The ``k`` rows of the base that are most similar to each query.
 
@@ -54,39 +51,30 @@ def nearest(
     do not count for a query: ``exclude_Q[q]`` (int, -1: none), and those whose group is the query's
     (``groups``: ints (Q,) and (N,)). Cosine similarity to zeros (a norm below 1e-18) is 0.
     ``memory_bytes`` bounds what is held beside arguments and result; ``progress`` names a bar.
+    ``engine`` faiss, an optional package, gives the same result.
     Errors: `UserError` for values that are not finite, or fewer than ``k`` rows that count.
     """
     views_VQD = [queries_QD] if flipped_QD is None else [queries_QD, flipped_QD]
     _check(views_VQD, base_ND, k)
-    step_Q, step_N = _tile(views_VQD, base_ND, k, memory_bytes)
+    search = SEARCHES[engine]
+    step_Q, step_N = _tile(views_VQD, base_ND, k, memory_bytes, search.copies)
     best = _Best(len(queries_QD), k)
     starts = range(0, len(base_ND), step_N)
     for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
         base = _read(base_ND, slice(start, start + step_N), "row of the base")
+        searched = search(base, metric)
         for first in range(0, len(queries_QD), step_Q):
             tile = slice(first, first + step_Q)
             views = [_read(view_QD, tile, "query") for view_QD in views_VQD]
-            scores = reduce(np.minimum, [_scores(view, base, metric) for view in views])
-            if exclude_Q is not None:
-                scores[exclude_Q[tile, None] == np.arange(start, start + len(base.rows))] = np.inf
-            if groups is not None:
-                scores[groups[0][tile, None] == groups[1][start : start + step_N]] = np.inf
-            error = np.max([_score_error(view, base, metric) for view in views], axis=0)
-            query_P, row_P = _candidates(scores, error, _as_score(best.worst(tile), metric), k)
+            rules = Rules(exclude_Q, groups, first, start)
+            worst_Q = as_score(best.worst(tile), metric)
+            query_P, row_P = searched.pairs(views, k, worst_Q, rules)
             distance_VP = np.stack(
                 [_measure(view, base, query_P, row_P, metric, memory_bytes) for view in views]
             )
             flipped_P = distance_VP.argmin(axis=0) == 1
             best.add(first + query_P, start + row_P, distance_VP.min(axis=0), flipped_P)
     return best.result(metric)
-
-
-@dataclass(frozen=True)
-class _Block:
-    """Rows in memory: float32 (R, D), and their Euclidean norms, float64 (R,)."""
-
-    rows: np.ndarray
-    norms: np.ndarray
 
 
 class _Best:
@@ -150,19 +138,22 @@ def _check(views_VQD: list[np.ndarray], base_ND: np.ndarray, k: int) -> None:
 
 
 def _tile(
-    views_VQD: list[np.ndarray], base_ND: np.ndarray, k: int, memory_bytes: int
+    views_VQD: list[np.ndarray], base_ND: np.ndarray, k: int, memory_bytes: int, copies: int
 ) -> tuple[int, int]:
-    """Queries and base rows at a time: 1/4 of the memory each, 3/8 for pairs, 1/8 to measure."""
+    """Queries and base rows at a time: 1/4 of the memory each, 3/8 for pairs, 1/8 to measure.
+
+    ``copies``: how often the search holds the base rows.
+    """
     rows = memory_bytes // 4 // (4 * base_ND.shape[1])
     pairs = memory_bytes * 3 // 8 // _BYTES_OF_PAIR
     # A view takes twice its size, normalised rows beside the rows; the best k are sorted with the
     # new pairs.
     step_Q = min(len(views_VQD[0]), _TILE_QUERIES, rows // (2 * len(views_VQD)), pairs // (2 * k))
     step_Q = max(1, step_Q)
-    return step_Q, max(1, min(len(base_ND), rows, pairs // step_Q - k))
+    return step_Q, max(1, min(len(base_ND), rows // copies, pairs // step_Q - k))
 
 
-def _read(features: np.ndarray, rows: slice, what: str) -> _Block:
+def _read(features: np.ndarray, rows: slice, what: str) -> Block:
     """Some rows, copied; those too small to square are zeros. Errors: `UserError` for NaN, inf."""
     copy = np.array(features[rows], dtype=np.float32)
     _release(features)
@@ -175,7 +166,7 @@ def _read(features: np.ndarray, rows: slice, what: str) -> _Block:
         )
     small = norms < _MIN_NORM
     copy[small], norms[small] = 0, 0
-    return _Block(copy, norms)
+    return Block(copy, norms)
 
 
 def _release(features: np.ndarray) -> None:
@@ -191,60 +182,9 @@ def _release(features: np.ndarray) -> None:
         owner.madvise(mmap.MADV_DONTNEED)
 
 
-def _scores(queries: _Block, base: _Block, metric: Metric) -> np.ndarray:
-    """Minus the cosine similarity, or half the squared distance, but for rounding: (Q, N)."""
-    if metric == "cosine":
-        scores = (queries.rows * -_inverse(queries.norms)[:, None]) @ base.rows.T
-        scores *= _inverse(base.norms)
-        return scores
-    scores = queries.rows @ base.rows.T
-    np.subtract((base.norms**2 / 2).astype(np.float32), scores, out=scores)
-    scores += (queries.norms**2 / 2).astype(np.float32)[:, None]
-    return scores
-
-
-def _inverse(norms: np.ndarray) -> np.ndarray:
-    """1 / norm, 0 for a row of zeros, in float32."""
-    return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0).astype(np.float32)
-
-
-def _as_score(distance_Q: np.ndarray, metric: Metric) -> np.ndarray:
-    return distance_Q if metric == "cosine" else distance_Q**2 / 2
-
-
-def _score_error(queries: _Block, base: _Block, metric: Metric) -> np.ndarray:
-    """How far `_scores` can be off, by query: float64 (Q,).
-
-    A sum of D products is off by at most D u |a||b| (Higham 2002, section 3.1). For long rows the
-    growth is as sqrt(D) (Higham & Mary 2019), taken with a factor of 64.
-    """
-    dims = base.rows.shape[1]
-    relative = (min(dims, 64 * dims**0.5) + 8) * _UNIT_ROUNDOFF
-    if metric == "cosine":
-        return relative * (queries.norms > 0)
-    return relative * (queries.norms + base.norms.max()) ** 2 / 2
-
-
-def _candidates(
-    scores: np.ndarray, error_Q: np.ndarray, worst_Q: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of a tile that may belong to the best: positions of query and row, (P,) each.
-
-    ``worst_Q``: the score to beat. At equal distance the earlier row stays, hence "below".
-    """
-    limit_Q = (worst_Q + error_Q).astype(np.float32)
-    near = scores < limit_Q[:, None]
-    if np.count_nonzero(near) > 2 * k * len(scores):
-        # Many beat what was found before, as at the start: only the tile's own best can stay.
-        own_Q = np.partition(scores, k - 1, axis=1)[:, k - 1] + 2 * error_Q
-        limit_Q = np.minimum(limit_Q, np.nextafter(own_Q.astype(np.float32), np.float32(np.inf)))
-        near = scores < limit_Q[:, None]
-    return np.divmod(np.flatnonzero(near), near.shape[1])  # np.nonzero, but faster
-
-
 def _measure(
-    queries: _Block,
-    base: _Block,
+    queries: Block,
+    base: Block,
     query_P: np.ndarray,
     row_P: np.ndarray,
     metric: Metric,

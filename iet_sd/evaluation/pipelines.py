@@ -5,15 +5,16 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 
 from iet_sd.config import ModelConfig
 from iet_sd.config.evaluation import PipelineConfig
 from iet_sd.errors import UserError
+from iet_sd.models.finding import check_model, find_folder
 from iet_sd.models.fingerprint import fingerprint
-from iet_sd.models.layout import INDEX
-from iet_sd.models.loading import check_model, find_folder
+from iet_sd.models.layout import INDEX, family_in
+from iet_sd.models.loading import load_vae
 
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -42,24 +43,26 @@ def model_fingerprint(config: PipelineConfig, cache_dir: str | None) -> str:
 
 def load_pipeline(
     config: PipelineConfig, cache_dir: str | None, device: torch.device, dtype: torch.dtype
-) -> StableDiffusionPipeline:
+) -> DiffusionPipeline:
     """The pipeline as diffusers loads it, in ``dtype`` and with the LoRA, in eval mode.
 
-    It draws with its own scheduler, and without a safety checker, which would hide images.
+    It draws with its own scheduler, and without what would hide images or mark them.
     Errors: `UserError` for a model or a LoRA that isn't there or doesn't fit.
     """
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        find_folder(_model(config), cache_dir),
+    folder = find_folder(_model(config), cache_dir)
+    family = family_in(folder, config.pretrained_model_name_or_path)
+    pipeline = family.pipeline.from_pretrained(
+        folder,
         variant=config.variant,
         use_safetensors=True,
         dtype=dtype,
-        safety_checker=None,
-        requires_safety_checker=False,
+        vae=load_vae(family, folder, config.variant, dtype),
+        **family.drawing,
     )
     pipeline.set_progress_bar_config(disable=True)
     if config.lora_weights is not None:
         _add_lora(pipeline, config)
-    for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    for module in (pipeline.unet, pipeline.vae, *family.encoders(pipeline)):
         # An adapter arrives in train mode, and with the dropout it was trained with.
         module.requires_grad_(False).eval()
     return pipeline.to(device)
@@ -97,7 +100,7 @@ def _lora_file(lora_weights: str) -> Path:
     return file
 
 
-def _add_lora(pipeline: StableDiffusionPipeline, config: PipelineConfig) -> None:
+def _add_lora(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
     """Load the LoRA; `UserError` if it doesn't fit, which diffusers would only log."""
     file = _lora_file(config.lora_weights)
     try:
@@ -139,6 +142,6 @@ class Model:
         return model_fingerprint(self.config, self.cache_dir)
 
     @cached_property
-    def pipeline(self) -> StableDiffusionPipeline:
+    def pipeline(self) -> DiffusionPipeline:
         """Of `load_pipeline`."""
         return load_pipeline(self.config, self.cache_dir, self.device, self.dtype)

@@ -74,8 +74,9 @@ def write_report(
 ) -> None:
     """Write ``report.json``, ``report.html``, ``pairs.parquet`` and ``images.parquet`` to a folder.
 
-    The page stands alone: it opens from disk and loads nothing from elsewhere. The same input
-    gives the same files.
+    The page stands alone: it opens from disk and loads nothing from elsewhere. Beside it lies
+    ``report_public.html``, the same without training images and captions. The same input gives the
+    same files.
 
     report: measures, histograms, verdict, settings; NaN and infinities become null.
     pairs: one row of `PAIRS` a generation; written by similarity, descending.
@@ -85,17 +86,20 @@ def write_report(
     """
     report = _plain({"schema_version": SCHEMA_VERSION, **report})
     pairs = sorted(_plain(pairs), key=lambda pair: -pair["similarity"])
-    page = _page(report, _gallery(pairs[:shown], generated, train), len(pairs))
+    gallery = _gallery(pairs[:shown], generated, train)
+    pages = {"report": _page(report, gallery, len(pairs)), "report_public": _page(report, None, 0)}
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_folder(folder) as staging:
         (staging / "report.json").write_text(text + "\n", encoding="utf-8")
-        (staging / "report.html").write_text(page, encoding="utf-8")
+        for name, page in pages.items():
+            (staging / f"{name}.html").write_text(page, encoding="utf-8")
         for name, rows, schema in (("pairs", pairs, PAIRS), ("images", _plain(images), IMAGES)):
             table = pa.Table.from_pylist(rows, schema=schema)
             pyarrow.parquet.write_table(table, staging / f"{name}.parquet")
 
 
-def _page(report: dict[str, Any], gallery: dict[str, Any], num_pairs: int) -> str:
+def _page(report: dict[str, Any], gallery: dict[str, Any] | None, num_pairs: int) -> str:
+    """``gallery``: the pairs of `_gallery`, of ``num_pairs`` in all; None leaves them out."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -27,6 +27,7 @@ from iet_sd.evaluation.pipelines import Model, check_pipeline
 from iet_sd.evaluation.prompts import caption_of, choose, request_for
 from iet_sd.evaluation.report import write_report
 from iet_sd.evaluation.rows import image_rows, pair_rows
+from iet_sd.evaluation.search import check_engine
 from iet_sd.evaluation.sets import Features, Images, Process, Subset
 from iet_sd.evaluation.verdict import in_words
 
@@ -40,6 +41,7 @@ def check(settings: GenerateSettings | EvaluateSettings) -> None:
     if isinstance(settings, GenerateSettings):
         return
     config, data = settings.evaluation, settings.data
+    check_engine(config.neighbour_engine)
     for spec in _specs(settings):
         check_embedder(spec, config.preprocessing, data.cache_dir)
     if not (data.heldout_split or data.heldout_data_dir or config.without_heldout):
@@ -85,7 +87,7 @@ def evaluate(
     config, data = settings.evaluation, settings.data
     sources = {"train": load_source(data)}
     if not config.without_heldout:
-        sources["heldout"] = load_source(_heldout(data))
+        sources["heldout"] = load_source(heldout_of(data))
     for name, source in sources.items():
         if len(source.sample_ids) < 2:
             raise UserError(
@@ -112,9 +114,12 @@ def evaluate(
     if process.index:
         return None
 
-    near = {spec: Closeness.of(features[spec], own_G) for spec in config.embedders}
+    engine = config.neighbour_engine
+    near = {spec: Closeness.of(features[spec], own_G, engine) for spec in config.embedders}
     first = config.embedders[0]
-    ratios = {name: l2_ratios(features[RAW], name) for name in ("generated", *list(sources)[1:])}
+    ratios = {
+        name: l2_ratios(features[RAW], name, engine) for name in ("generated", *list(sources)[1:])
+    }
     losses = _losses(settings, model, tables, sources) if "heldout" in sources else {}
     groups = sources["heldout"].groups if "heldout" in sources else ()
     by = Resampling(
@@ -146,7 +151,7 @@ def evaluate(
         },
         "data": {
             "train": _described(tables["train"], data),
-            "heldout": _described(tables["heldout"], _heldout(data)) if images.heldout else None,
+            "heldout": _described(tables["heldout"], heldout_of(data)) if images.heldout else None,
             "prompts": len(generations.request.prompts),
             "images_per_prompt": generations.request.images_per_prompt,
         },
@@ -179,10 +184,10 @@ def _specs(settings: EvaluateSettings) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def _heldout(data: DataConfig) -> DataConfig:
+def heldout_of(data: DataConfig) -> DataConfig:
     """Where the held-out images are, read as the training images are."""
     changes: dict[str, Any] = dict.fromkeys(
-        ("heldout_split", "heldout_data_dir", "max_train_samples")
+        ("heldout_split", "heldout_data_dir", "max_train_samples", "repeats_column")
     )
     if data.heldout_split:
         changes["dataset_split"] = data.heldout_split

@@ -4,6 +4,7 @@ The training set is taken as given. What is drawn anew are units of the other im
 groups of near-duplicates. Shapes: N rows of a sample, U units, R resamples.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -53,8 +54,8 @@ def bootstrap(
     puts together are drawn together (Field & Welsh 2007). Fewer than two units, or a value that is
     not finite, is a `UserError`.
 
-    At 95%, the interval of a p95 covers it at 95% for 500 units and at 92% for 60; that of a share
-    of which the sample shows none is 0 to 0, however few the units.
+    At 95%, the interval of a p95 covers it at 95% for 500 units and at 92% for 60. That of a share
+    of which the sample shows none is 0 to 0, however few the units: see `exact_share`.
     """
     units = _units_of(samples, clusters)
     rng = np.random.default_rng(seed)
@@ -64,6 +65,27 @@ def bootstrap(
     if value.ndim == 0:
         return Estimate(float(value), float(low), float(high), level)
     return [Estimate(*map(float, each), level) for each in zip(value, low, high, strict=True)]
+
+
+def exact_share(share: Estimate, units: int) -> Estimate:
+    """The same share; where it is 0 or 1, with the interval of Clopper & Pearson 1934.
+
+    A sample that shows none of a thing has nothing to resample. ``units`` vary on their own: where
+    several images of a prompt all lack it, prompts count, and the bound holds for the share of
+    prompts of which any image has it, which is no smaller.
+    """
+    if share.value not in (0.0, 1.0):
+        return share
+    interval = stats.binomtest(round(share.value * units), units).proportion_ci(share.level)
+    return Estimate(share.value, float(interval.low), float(interval.high), share.level)
+
+
+def difference_of_shares(first: Estimate, second: Estimate) -> Estimate:
+    """First - second, of samples drawn apart, from the interval of each (Newcombe 1998)."""
+    value = first.value - second.value
+    below = math.hypot(first.value - first.low, second.high - second.value)
+    above = math.hypot(first.high - first.value, second.value - second.low)
+    return Estimate(value, value - below, value + above, first.level)
 
 
 def paired_difference(

@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 
+import diffusers
 import pytest
 from safetensors import SafetensorError
 
 from iet_sd.cli.common import status_of
 from iet_sd.cli.train import train
 from iet_sd.engine import checkpoint
-from iet_sd.models import saving
 from tests.launching import Launched, finish
 
 
@@ -56,7 +56,7 @@ def test_a_run_that_meets_it_keeps_the_last_checkpoint(place, argv, tmp_path, mo
         save_file(tensors, path)
 
     if place == "the result":
-        monkeypatch.setattr(saving.StableDiffusionPipeline, "save_lora_weights", raising(FULL))
+        monkeypatch.setattr(diffusers.StableDiffusionPipeline, "save_lora_weights", raising(FULL))
     else:
         monkeypatch.setattr(checkpoint, "save_file", full)
     lora = argv(train_mode="lora", checkpointing_steps=1)

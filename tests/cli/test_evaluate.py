@@ -3,29 +3,14 @@
 import json
 import shutil
 
-import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 import yaml
-from PIL import Image
 
 from iet_sd.cli.main import main
 from iet_sd.evaluation import generate as generate_module
 from tests.launching import Launched
 from tests.pipelines import RESOLUTION
-
-
-@pytest.fixture(scope="session")
-def heldout(tmp_path_factory):
-    """A folder of 30 captioned pictures that nothing was trained on."""
-    root = tmp_path_factory.mktemp("heldout")
-    rows = []
-    for number in range(30):
-        pixels = np.random.default_rng(100 + number).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(root / f"{number:02d}.png")
-        rows.append({"file_name": f"{number:02d}.png", "text": f"a bird {number}"})
-    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
 
 
 @pytest.fixture
@@ -114,6 +99,16 @@ def test_a_second_run_draws_nothing_and_says_the_same(flags, tmp_path, monkeypat
     assert main(flags(embedders="raw_pixels")) == 0
 
 
+def test_faiss_finds_the_same(flags, tmp_path):
+    pytest.importorskip("faiss")
+    assert main(flags()) == 0
+    first = without_time(tmp_path / "evaluation")
+    assert main(flags(neighbour_engine="faiss")) == 0
+    second = without_time(tmp_path / "evaluation")
+    assert second.pop("settings") | {"neighbour_engine": "exact"} == first.pop("settings")
+    assert second == first
+
+
 def test_generate_draws_what_evaluate_draws(flags, tmp_path, monkeypatch, capsys):
     assert main(flags("generate", heldout_data_dir=None)) == 0
     assert "32 images" in capsys.readouterr().out
@@ -148,6 +143,14 @@ def test_two_processes_equal_one(flags, tmp_path):
         assert a["name"] == b["name"]
         # Batches mix other images, and pixels may round to the neighbouring level.
         assert a["value"] == pytest.approx(b["value"], rel=0.02, abs=0.02), a["name"]
+
+
+def test_sdxl_is_evaluated_by_the_same_command(flags, pipelines, tmp_path):
+    assert main(flags(pretrained_model_name_or_path=pipelines["sdxl"], num_prompts=6)) == 0
+    values = {m["name"]: m["value"] for m in report_of(tmp_path / "evaluation")["measures"]}
+    assert 0 < values["heldout_loss"] < 10
+    assert 0 <= values["membership_auc"] <= 1
+    assert 0 < values["memorization_score"] <= 1
 
 
 def test_settings_of_training_need_not_be_repeated(pipelines, images, heldout, flags, tmp_path):

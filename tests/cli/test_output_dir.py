@@ -28,6 +28,7 @@ RUN = [
     "checkpoint-10/process-0-of-1/shard-0-done/state.json",
     ".checkpoint-11.partial/proxy-0.safetensors",
     ".partial/unet/config.json",
+    ".hub/model_index.json",
     "logs/iet-sd-fine-tune/events.out.tfevents.1",
 ]
 OTHERS = [
@@ -114,6 +115,9 @@ def test_the_result_does_not_go_where_the_inputs_are(overwrite, config, tmp_path
     for name, what in {"model": "model", "./data": "training data"}.items():
         with pytest.raises(UserError, match=f"is the folder of the {what} to start from"):
             open_checkpoint(config(output_dir=name, overwrite_output_dir=overwrite))
+    written = {"pretrained_vae_model_name_or_path": "result/vae", "output_dir": "result"}
+    with pytest.raises(UserError, match="result/vae, the VAE to start from, is what a run writes"):
+        open_checkpoint(config(**written, overwrite_output_dir=overwrite))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         open_checkpoint(config(output_dir="file", overwrite_output_dir=overwrite))

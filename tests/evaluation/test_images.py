@@ -131,12 +131,12 @@ def test_table_is_what_training_sees_without_chance(source, interpolation):
     assert images.ids == ("a.jpg", "b.png", "sub/c.png")
     seen = view(
         picture(1),
-        resolution=8,
+        size=(8, 8),
         center_crop=True,
         random_flip=False,
         interpolation=interpolation,
         generator=torch.Generator(),
-    )
+    ).pixel_values
     assert images[1].size == (8, 8)
     found = torch.from_numpy(np.asarray(images[1]).astype(np.float32)).permute(2, 0, 1)
     torch.testing.assert_close((found / 255 - 0.5) / 0.5, seen)

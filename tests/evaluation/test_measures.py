@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from iet_sd.evaluation import measures
 from iet_sd.evaluation.measures import Resampling, copying, fidelity, losses, measure
@@ -92,3 +93,23 @@ def test_texts_are_sentences():
     for text in measures.TEXTS.values():
         assert text.meaning.endswith(".")
         assert len(text.meaning) < 160
+
+
+@pytest.mark.parametrize("level", [-1.0, 1.0], ids=["all", "none"])
+def test_where_no_image_or_every_one_is_a_copy_the_bound_is_exact(level):
+    """Of 60 prompts with two images each, and 80 held-out images; as scipy's binomial test says."""
+    by = Resampling(np.arange(G) // 2, np.arange(H), resamples=100)
+    generated, heldout = RNG.random(G) * 0.5, RNG.random(H) * 0.5
+    found = named(copying(generated, None, RNG.random(9), heldout, (level, 0.2), by))
+    share = float(level < 0)
+    ends = stats.binomtest(int(60 * share), 60).proportion_ci()
+    copies = found[f"share_above_{level:g}"]
+    assert (copies.value, copies.low, copies.high) == (share, ends.low, ends.high)
+    excess = found[f"excess_share_above_{level:g}"]
+    assert excess.low < excess.value == 0 < excess.high
+    authentic = measures.authenticity(np.full(G, share > 0), by)
+    assert (authentic.low, authentic.high) == (ends.low, ends.high)
+    # In between nothing is other than the bootstrap's.
+    alone = named(copying(generated, None, RNG.random(9), heldout, (0.2,), by))
+    for name in ("share_above_0.2", "excess_share_above_0.2", "excess_score"):
+        assert found[name] == alone[name]

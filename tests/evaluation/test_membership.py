@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
@@ -41,9 +41,9 @@ def noise(seed, size=(RESOLUTION, RESOLUTION)):
     return Image.fromarray(pixels)
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
 def pipeline(request, pipelines):
-    return StableDiffusionPipeline.from_pretrained(pipelines[request.param])
+    return DiffusionPipeline.from_pretrained(pipelines[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,23 @@ def losses(pipeline, images, captions=CAPTIONS, timesteps=TIMESTEPS, seed=3, **o
     return stratified_losses(pipeline, images, captions, timesteps, seed, RESOLUTION, **options)
 
 
+def condition_by_hand(pipeline, caption):
+    """What the pipeline itself would tell the UNet, if it drew an image."""
+    if isinstance(pipeline, StableDiffusionPipeline):
+        tokens = pipeline.tokenizer(
+            caption, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
+        )
+        return {"encoder_hidden_states": pipeline.text_encoder(tokens.input_ids).last_hidden_state}
+    told = {}
+    handle = pipeline.unet.register_forward_pre_hook(
+        lambda unet, args, kwargs: told.update(kwargs), with_kwargs=True
+    )
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    pipeline(caption, num_inference_steps=1, guidance_scale=1, output_type="latent", **size)
+    handle.remove()
+    return {k: told[k] for k in ("encoder_hidden_states", "added_cond_kwargs")}
+
+
 @torch.no_grad()
 def losses_by_hand(pipeline, images, captions):
     """One image and timestep after the other, from the formulas."""
@@ -69,10 +86,7 @@ def losses_by_hand(pipeline, images, captions):
         latents = (
             pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
         )
-        tokens = pipeline.tokenizer(
-            caption, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
-        )
-        text = pipeline.text_encoder(tokens.input_ids).last_hidden_state
+        condition = condition_by_hand(pipeline, caption)
         row = []
         for s, timestep in enumerate(TIMESTEPS):
             seed = seed_for(seed_for(3, "membership", images.ids[n]), str(s))
@@ -81,7 +95,7 @@ def losses_by_hand(pipeline, images, captions):
             velocity = pipeline.scheduler.config.prediction_type == "v_prediction"
             target = a * noise - b * latents if velocity else noise
             noisy = (a * latents + b * noise).float()
-            prediction = pipeline.unet(noisy, timestep, text).sample
+            prediction = pipeline.unet(noisy, timestep, **condition).sample
             row.append(float(((prediction - target) ** 2).mean()))
         table.append(row)
     return np.array(table)

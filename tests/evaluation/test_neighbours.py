@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from iet_sd.errors import UserError
-from iet_sd.evaluation.neighbours import _candidates, nearest
+from iet_sd.evaluation.neighbours import nearest
+from iet_sd.evaluation.search import Product, _candidates, check_engine
 
 METRICS = ("cosine", "l2")
 STATUS = Path("/proc/self/status")
@@ -278,3 +279,53 @@ def test_unsaved_changes_of_a_memmap_are_kept(tmp_path):
     for _ in range(2):
         found = nearest(queries, base, metric="l2")
         assert (found.index_QK.item(), found.value_QK.item()) == (40, 0)
+
+
+def same(found, other):
+    for name in ("value_QK", "index_QK", "flipped_QK"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("k", [1, 7, 60])
+@pytest.mark.parametrize("memory_bytes", [2**15, 2**28])
+def test_by_faiss_all_is_the_same(metric, k, memory_bytes):
+    """With copies, near-copies that rounding cannot tell apart, and rows that do not count."""
+    pytest.importorskip("faiss")
+    queries, base, draw = normal(0, 40, 24), normal(1, 300, 24), np.random.default_rng(2)
+    base[200:240] = base[7] + 1e-7 * normal(4, 40, 24)
+    base[100], queries[3] = queries[5], base[210]
+    base[50], queries[6] = 0, 0
+    options = {
+        "flipped_QD": normal(3, 40, 24),
+        "exclude_Q": draw.integers(-1, 300, 40),
+        "groups": (draw.integers(0, 5, 40), draw.integers(0, 5, 300)),
+    }
+    for names in ((), ("flipped_QD",), OPTIONS):
+        given = {name: options[name] for name in names} | {"memory_bytes": memory_bytes}
+        found = nearest(queries, base, k, metric, engine="faiss", **given)
+        same(found, nearest(queries, base, k, metric, **given))
+
+
+def test_faiss_leaves_little_to_the_product(monkeypatch):
+    """Of rows that differ none is asked for twice; of equal ones all are."""
+    pytest.importorskip("faiss")
+    asked, pairs = [], Product.pairs
+
+    def counting(self, views, k, worst_Q, rules, chosen_Q=None):
+        asked.append(len(chosen_Q))
+        return pairs(self, views, k, worst_Q, rules, chosen_Q)
+
+    monkeypatch.setattr(Product, "pairs", counting)
+    queries, base = normal(0, 30, 16), normal(1, 500, 16)
+    nearest(queries, base, 5, engine="faiss")
+    assert not asked
+    nearest(queries, np.repeat(base[:2], 100, axis=0), 5, engine="faiss")
+    assert asked == [30]
+
+
+def test_without_faiss_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_engine("exact")
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
+        check_engine("faiss")

@@ -7,7 +7,13 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
@@ -18,7 +24,7 @@ from iet_sd.errors import UserError
 from iet_sd.evaluation.pipelines import check_pipeline, load_pipeline, model_fingerprint
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import as_pipeline, load_components
-from iet_sd.models.saving import save_lora
+from iet_sd.models.saving import save_lora, save_result
 from iet_sd.sampling import draw
 from tests.pipelines import RESOLUTION, tiny_pipeline
 
@@ -33,25 +39,30 @@ def model(pipelines, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(pipelines):
-    """Components with an adapter that was moved; it has dropout, and another scale than 1."""
-    config = ModelConfig(
+def trained_config(pipelines):
+    return ModelConfig(
         pretrained_model_name_or_path=str(pipelines["sd1"]),
         train_mode="lora",
+        train_text_encoder=True,
         lora_dropout=0.5,
         lora_alpha=8.0,
     )
-    components = load_components(config, torch.float32, None)
+
+
+@pytest.fixture(scope="module")
+def trained(trained_config):
+    """Components with adapters that were moved; they have dropout, and another scale than 1."""
+    components = load_components(trained_config, torch.float32, None)
     generator = torch.Generator().manual_seed(7)
-    for parameter in make_trainable(components, config, seed=0).values():
+    for parameter in make_trainable(components, trained_config, seed=0).values():
         parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     return components
 
 
 @pytest.fixture(scope="module")
-def lora(trained, tmp_path_factory):
+def lora(trained, trained_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
-    save_lora(trained, folder)
+    save_lora(trained, trained_config, folder)
     return folder
 
 
@@ -79,13 +90,18 @@ def edit(path, **values):
 # -- loading
 
 
-@pytest.mark.parametrize(("kind", "scheduler"), [("sd1", PNDMScheduler), ("sd2", DDIMScheduler)])
+@pytest.mark.parametrize(
+    ("kind", "scheduler"),
+    [("sd1", PNDMScheduler), ("sd2", DDIMScheduler), ("sdxl", EulerDiscreteScheduler)],
+)
 def test_pipeline_is_that_of_diffusers_with_its_own_scheduler(pipelines, kind, scheduler):
     pipeline = load(pipelines[kind])
-    plain = StableDiffusionPipeline.from_pretrained(pipelines[kind])
+    plain = DiffusionPipeline.from_pretrained(pipelines[kind])
+    assert type(pipeline) is type(plain)
     assert type(pipeline.scheduler) is scheduler
     assert pipeline.scheduler.config == plain.scheduler.config
-    assert pipeline.safety_checker is None
+    assert getattr(pipeline, "safety_checker", None) is None
+    assert getattr(pipeline, "watermark", None) is None
     plain.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(images(pipeline), images(plain), atol=1e-5)
     parts = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
@@ -119,6 +135,33 @@ def test_every_part_has_the_asked_precision_whatever_is_stored(pipelines, tmp_pa
         assert np.isfinite(images(pipeline)).all()
 
 
+def test_sdxl_draws_in_fp16_with_its_vae_in_fp32(pipelines):
+    pipeline = load(pipelines["sdxl"], torch.float16)
+    parts = (pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2)
+    assert {p.dtype for part in parts for p in part.parameters()} == {torch.float16}
+    assert pipeline.vae.dtype == torch.float32
+    # A weight that no fp16 can hold, as the activations of XL's VAE do not fit.
+    pipeline.vae.decoder.conv_out.weight.data *= 1e5
+    whole = load(pipelines["sdxl"])
+    whole.vae.load_state_dict(pipeline.vae.state_dict())
+    assert np.abs(images(pipeline) - images(whole)).mean() < 0.05
+
+
+def test_a_lora_for_sdxl_draws_as_the_model_that_was_trained(pipelines, tmp_path):
+    settings = {"pretrained_model_name_or_path": str(pipelines["sdxl"]), "train_mode": "lora"}
+    model = ModelConfig(**settings, lora_dropout=0.5, lora_alpha=8.0)
+    components = load_components(model, torch.float32, None)
+    generator = torch.Generator().manual_seed(7)
+    for parameter in make_trainable(components, model, seed=0).values():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_result(components, model, tmp_path)
+    pipeline = load(pipelines["sdxl"], lora_weights=tmp_path)
+    np.testing.assert_allclose(images(pipeline), images(as_pipeline(components)), atol=1e-4)
+    assert np.abs(images(pipeline) - images(load(pipelines["sdxl"]))).max() > 1e-2
+    with pytest.raises(UserError, match="does not fit"):
+        load(pipelines["sd1"], lora_weights=tmp_path)
+
+
 def test_variant_is_read(pipelines, tmp_path):
     StableDiffusionPipeline.from_pretrained(pipelines["sd1"]).save_pretrained(
         tmp_path, variant="fp16"
@@ -135,15 +178,16 @@ def test_lora_draws_as_the_model_that_was_trained(pipelines, trained, lora, give
     expected = images(as_pipeline(trained))
     pipeline = load(pipelines["sd1"], lora_weights=lora if given == "folder" else lora / LORA)
     np.testing.assert_allclose(images(pipeline), expected, atol=1e-5)
+    assert pipeline.get_list_adapters().keys() == {"unet", "text_encoder"}
     assert np.abs(expected - images(load(pipelines["sd1"]))).max() > 0.05
 
 
 def test_lora_comes_without_the_dropout_of_its_training(pipelines, lora):
-    unet = load(pipelines["sd1"], lora_weights=lora).unet
-    assert any(
-        isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in unet.modules()
-    )
-    assert not any(module.training for module in unet.modules())
+    pipeline = load(pipelines["sd1"], lora_weights=lora)
+    for network in (pipeline.unet, pipeline.text_encoder):
+        modules = list(network.modules())
+        assert any(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in modules)
+        assert not any(module.training for module in modules)
 
 
 def test_lora_of_another_model_is_an_error(pipelines, lora, tmp_path):
@@ -170,8 +214,8 @@ def test_good_models_and_loras_pass(pipelines, lora):
 def test_other_models_are_errors(model):
     with pytest.raises(UserError, match=r"There is no folder \./nowhere"):
         check_pipeline(config("./nowhere"))
-    edit(model / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(UserError, match="is a StableDiffusionXLPipeline"):
+    edit(model / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    with pytest.raises(UserError, match="is a StableDiffusion3Pipeline"):
         check_pipeline(config(model))
     (model / "model_index.json").unlink()
     with pytest.raises(UserError, match=r"expected model_index\.json"):

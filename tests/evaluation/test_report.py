@@ -180,7 +180,8 @@ def test_arrays_are_numbers_and_what_is_not_finite_is_null(tmp_path):
 def test_same_input_same_files(tmp_path):
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     names = sorted(path.name for path in first.iterdir())
-    assert names == ["images.parquet", "pairs.parquet", "report.html", "report.json"]
+    pages = ["report.html", "report.json", "report_public.html"]
+    assert names == ["images.parquet", "pairs.parquet", *pages]
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 

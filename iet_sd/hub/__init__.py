@@ -1,0 +1,1 @@
+"""The Hub: the model card, what of a result goes there, and how."""

@@ -1,0 +1,157 @@
+"""What of a result goes to the Hub: named here, so that all else stays.
+
+Checkpoints, caches, logs, and whatever else lies in the folder are not named, so they never go.
+Nothing heavy is imported: a push is no reason to load torch.
+"""
+
+import html
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from iet_sd.errors import UserError
+
+CARD = "README.md"
+SETTINGS = "training_config.yaml"
+METRICS = "metrics.jsonl"
+GRID = "sample_grid.png"
+INDEX = "model_index.json"
+LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors")
+EVALUATION = "evaluation"
+REPORT, PAGE = f"{EVALUATION}/report.json", f"{EVALUATION}/report_public.html"
+"""What is pushed of an evaluation: of its pages the one without training images and captions."""
+PENDING = ".hub"
+"""Folder of a round's result, under --output_dir, while it is pushed."""
+STAND_IN = "path/to/this/folder"
+"""What a card on disk calls the place of the result; on the Hub its name is known."""
+EVALUATED = "<!-- iet_sd: evaluation {} -->"
+"""A card of ours names by this the evaluation that it tells of, by its date."""
+_PICTURES = re.compile(r"sample_grid\.png|validation-\d+\.png|frontier\.png")
+_PARTS = (".json", ".txt", ".safetensors")
+
+
+def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """Files of the result in ``folder`` by their name on the Hub, or as bytes what they hold there.
+
+    Texts lose the folders of this machine, and the card has the name of the repository in its
+    example. Errors: `UserError` if there is no pipeline and no LoRA, or not all of one.
+    """
+    found: dict[str, Path | bytes] = {path.name: path for path in _weights(folder)}
+    if (folder / INDEX).is_file():
+        for part in _parts(folder):
+            files = sorted(f for f in (folder / part).iterdir() if f.suffix in _PARTS)
+            found |= {f"{part}/{file.name}": file for file in files if _is_plain(file)}
+    pictures = sorted(f for f in folder.iterdir() if _PICTURES.fullmatch(f.name))
+    for file in (folder / METRICS, *pictures):
+        if _is_plain(file):
+            found[file.name] = file
+    if (folder / CARD).is_file():
+        card = (folder / CARD).read_text(encoding="utf-8")
+        found[CARD] = card.replace(STAND_IN, repo_id).encode()
+    if (folder / SETTINGS).is_file():
+        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+        found[SETTINGS] = yaml.safe_dump(
+            _without(settings, _places(settings)), sort_keys=False, allow_unicode=True
+        ).encode()
+    return found | _evaluation(folder)
+
+
+def is_evaluated(folder: Path) -> bool:
+    """Whether an evaluation lies in ``folder``, and of these weights as far as the card knows.
+
+    A card of ours is written with the weights and tells of their evaluation once there is one: a
+    report that it doesn't tell of is of weights that were there before.
+    """
+    if not (folder / REPORT).is_file():
+        return False
+    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    is_ours = EVALUATED.partition("{")[0] in card
+    created = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("created")
+    return not is_ours or EVALUATED.format(created) in card
+
+
+def _weights(folder: Path) -> Iterator[Path]:
+    """The files that make a folder a result."""
+    found = [folder / name for name in (INDEX, *LORAS) if (folder / name).is_file()]
+    if not found:
+        names = sorted(e.name for e in folder.iterdir())[:8] if folder.is_dir() else None
+        raise UserError(
+            f"{folder} is no result: expected {INDEX} of a pipeline or {LORAS[0]} in it, "
+            + ("and there is no such folder." if names is None else f"found {names or 'nothing'}.")
+            + " Give the --output_dir of a training run that has ended."
+        )
+    yield from found
+
+
+def _parts(folder: Path) -> list[str]:
+    """Names of the parts of a pipeline, all there."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[1]]
+    for part in parts:
+        if not (folder / part).is_dir():
+            raise UserError(f"{folder} is no whole pipeline: {INDEX} names {part}/, not there.")
+    return parts
+
+
+def _evaluation(folder: Path) -> dict[str, Path | bytes]:
+    """The report; not the tables of all images, which are as long as the data."""
+    if not is_evaluated(folder):
+        return {}
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    names = _places({**report["settings"], **report["model"]})
+    public = _without(report, names)
+    found: dict[str, Path | bytes] = {
+        REPORT: (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode(),
+        **{f"{EVALUATION}/{f.name}": f for f in sorted((folder / EVALUATION).glob("*.png"))},
+    }
+    if (folder / PAGE).is_file():
+        page = (folder / PAGE).read_text(encoding="utf-8")
+        found[PAGE] = _without(page, {html.escape(k): html.escape(v) for k, v in names.items()})
+        found[PAGE] = found[PAGE].encode()
+    return found
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
+
+
+def shown(name: str) -> str:
+    """A name without the folders of this machine."""
+    return Path(name).expanduser().resolve().name if is_local(name) else name
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a file or folder here, or could be of no other thing."""
+    return Path(name).expanduser().is_absolute() or Path(name).expanduser().exists()
+
+
+def _places(settings: dict[str, Any]) -> dict[str, str]:
+    """The local paths among settings, by what to say instead; longest first."""
+    listed = [
+        v for value in settings.values() for v in (value if isinstance(value, list) else [value])
+    ]
+    # An embedder may be given as NAME=FILE.
+    values = {
+        part
+        for value in listed
+        if isinstance(value, str)
+        for part in (value, value.partition("=")[2])
+    }
+    paths = {value for value in values if re.search(r"[/\\~]", value) and is_local(value)}
+    return {path: shown(path) for path in sorted(paths, key=len, reverse=True)}
+
+
+def _without(value: Any, places: dict[str, str]) -> Any:
+    """``value``, a text or JSON, with other names for places."""
+    if isinstance(value, dict):
+        return {key: _without(item, places) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without(item, places) for item in value]
+    if isinstance(value, str):
+        for place, name in places.items():
+            value = value.replace(place, name)
+    return value

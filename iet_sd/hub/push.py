@@ -1,0 +1,139 @@
+"""Pushing a result: all that can fail is tried before training, and the result goes in one commit.
+
+A commit is whole or not at all, so a push that breaks off leaves the repository as it was.
+"""
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from iet_sd.config import HubConfig
+from iet_sd.errors import PushFailed, UserError
+from iet_sd.hub.contents import contents
+
+_STATUS = {
+    401: "the Hub does not accept the token; log in by `hf auth login`, or set HF_TOKEN",
+    403: "the token may not write there; it needs the role write, and you the right to the name",
+    404: "there is no such repository, or the token may not see it",
+    429: "the Hub has had too many requests from you",
+}
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository that was there, and could be written to, when it was opened."""
+
+    repo_id: str
+    private: bool
+    token: str = field(repr=False)
+
+    def arguments(self, folder: Path | str) -> list[str]:
+        """Of Python, to push a result there by another process."""
+        return push_arguments(folder, self.repo_id, self.private)
+
+
+def push_arguments(folder: Path | str, name: str | None, private: bool) -> list[str]:
+    """Of Python, to push a result by itself."""
+    flags = [*(["--hub_model_id", name] if name else []), *["--hub_private"] * private]
+    return ["-m", "iet_sd", "push", str(folder), *flags]
+
+
+def in_shell(arguments: list[str]) -> str:
+    """What people type to have Python do it."""
+    return shlex.join(["python", *arguments])
+
+
+def open_repository(config: HubConfig, folder: Path) -> Repository:
+    """Find out whether a result may be pushed, and make the repository if it isn't there yet.
+
+    Its name is that of ``folder`` unless the settings say another.
+    Errors: `UserError` for a bad name; `PushFailed` for what the Hub refuses, or is not there for.
+    """
+    name = config.hub_model_id or folder.expanduser().resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(
+            f"{name!r} is no name for a repository on the Hub: {error} Give another by "
+            "--hub_model_id, as name or user/name."
+        ) from error
+    with _told(name, config.hub_token):
+        token = (config.hub_token or get_token() or "").strip()
+        if not token:
+            raise LocalTokenNotFoundError
+        if not (token.isascii() and token.isprintable()):
+            raise UserError("The token for the Hub has characters that none has: copy it again.")
+        api = HfApi(token=token)
+        user = api.whoami()["name"]
+        repo_id = name if "/" in name else f"{user}/{name}"
+        api.create_repo(repo_id, private=config.hub_private or None, exist_ok=True)
+        api.auth_check(repo_id, write=True)
+        if config.hub_private and not api.model_info(repo_id).private:
+            raise UserError(
+                f"{repo_id} is public, and --hub_private was given. Make it private on its page on "
+                "the Hub, or give another --hub_model_id."
+            )
+    return Repository(repo_id, config.hub_private, token)
+
+
+def push(folder: Path, repository: Repository, message: str) -> str:
+    """Push the result in ``folder``, as `contents` says; what was pushed where, in words.
+
+    Errors: `PushFailed`, whatever goes wrong on the way.
+    """
+    files = contents(folder, repository.repo_id)
+    with _told(repository.repo_id, repository.token):
+        api = HfApi(token=repository.token)
+        operations = [
+            CommitOperationAdd(name, what if isinstance(what, bytes) else str(what))
+            for name, what in files.items()
+        ]
+        api.create_commit(repository.repo_id, operations, commit_message=message)
+    return f"Pushed {len(files)} files to {api.endpoint}/{repository.repo_id}"
+
+
+@contextmanager
+def _told(name: str, token: str | None) -> Iterator[None]:
+    """Whatever the Hub's client raises, as a `PushFailed` of one line, without the token."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it raises anything: also of its own, of the network's, of Rust's
+        reason = _reason(error)
+        if token:
+            reason = reason.replace(token.strip(), "***")
+        raise PushFailed(f"{name} on the Hub: {reason}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, and what to do about it where that is known."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _reason(error.__cause__)  # "Error while uploading", and why
+    if isinstance(error, LocalTokenNotFoundError):
+        return "there is no token; log in by `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE says not to go online"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        said = f" ({_line(error.server_message)})" if error.server_message else ""
+        return _STATUS.get(status, f"the Hub answered with status {status}") + said
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return f"it cannot be reached ({type(error).__name__}: {_line(error)})"
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(text: object) -> str:
+    return " ".join(str(text).split())[:300].rstrip(".")
