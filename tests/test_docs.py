@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from iet_sd.config import CompareSettings, Config, EvaluateSettings, GenerateSettings
+from iet_sd.config import CompareSettings, Config, EvaluateSettings, GenerateSettings, PushSettings
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-SETTINGS = (Config, EvaluateSettings, GenerateSettings, CompareSettings)
+SETTINGS = (Config, EvaluateSettings, GenerateSettings, CompareSettings, PushSettings)
 FLAGS = {
     f.name for s in SETTINGS for part in s.sections().values() for f in dataclasses.fields(part)
 }
@@ -19,7 +19,7 @@ CODE = re.sub(
     r'"\s+f?"', "", "\n".join(p.read_text("utf-8") for p in sorted(ROOT.glob("iet_sd/**/*.py")))
 )
 # Of accelerate and ourselves.
-OTHERS = {"quiet", "help"}
+OTHERS = {"quiet", "help", "config"}
 # Said by the system, not by us.
 FOREIGN = {"No space left on device"}
 
@@ -43,7 +43,13 @@ def test_messages_are_said(message):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_flags_exist_and_links_lead_somewhere(page):
     text = page.read_text("utf-8")
-    ours = re.sub(r"<!-- theirs -->.*?<!-- ours -->", "", text, flags=re.DOTALL)
+    # Of the table of others' flags the columns after the first.
+    ours = re.sub(
+        r"<!-- theirs -->.*?<!-- ours -->",
+        lambda table: re.sub(r"^\|[^|]*\|", "", table[0], flags=re.MULTILINE),
+        text,
+        flags=re.DOTALL,
+    )
     for flag in re.findall(r"--([a-z][a-z_0-9-]+)", ours):
         assert flag.removeprefix("no-") in {*FLAGS, *OTHERS}, flag
     for link in re.findall(r"\]\(([^)#]+)\)", text):
