@@ -93,7 +93,8 @@ def _draw_numbers(sheet: "_Sheet", dots: dict[int, tuple[float, float]], best: i
     taken = [*places, *(spot for a, b in pairwise(places) for spot in (_near(a, b), _near(b, a)))]
     for number, (x, y) in dots.items():
         away = (3.2 if number == best else 2.4) * _RADIUS
-        turns = [math.pi * (0.25 + 0.25 * turn) for turn in range(8)]
+        # Not to the left and right, where the interval is.
+        turns = [math.pi / 4 * turn for turn in (1, 2, 3, 5, 6, 7)]
         spots = [(x + away * math.cos(t), y - away * math.sin(t)) for t in turns]
         # The first of the freest: how far the next thing is, up to what is enough.
         free = [min([25, *(math.dist(s, o) for o in taken if o != (x, y))]) for s in spots]
