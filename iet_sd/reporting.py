@@ -115,7 +115,7 @@ class Reporter:
             if self.config.training.validation_prompts:
                 self._draw().save(self.output_dir / GRID)
         advice = self._advise()
-        self._write_card(self.output_dir, num_samples, GRID)
+        self._write_card(self.output_dir, num_samples, GRID, advice.text if advice else "")
         print(table(self.metrics.lines))
         if advice is not None:
             print(advice.text)
@@ -197,10 +197,10 @@ class Reporter:
                 shutil.copyfile(self.output_dir / name, folder / name)
         self._write_card(folder, len(self.state.shard_of_N), picture)
 
-    def _write_card(self, folder: Path, num_samples: int, picture: str) -> None:
+    def _write_card(self, folder: Path, num_samples: int, picture: str, advice: str = "") -> None:
         rounds = [line for line in self.metrics.lines if line["kind"] == "round"]
         pipeline = self.components.family.pipeline.__name__
-        write_card(folder, self.config, num_samples, rounds, pipeline, picture)
+        write_card(folder, self.config, num_samples, rounds, pipeline, picture, advice)
 
     def _log(self, name: str, line: dict[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl, to the trackers."""

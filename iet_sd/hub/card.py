@@ -12,7 +12,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from iet_sd.config import Config
 from iet_sd.engine.tracking import table
 from iet_sd.files import write_text_atomic
-from iet_sd.hub.contents import CARD, EVALUATED, GRID, SETTINGS, STAND_IN, is_local, shown
+from iet_sd.hub.contents import (
+    CARD,
+    EVALUATED,
+    FRONTIER,
+    GRID,
+    SETTINGS,
+    STAND_IN,
+    is_local,
+    shown,
+)
 from iet_sd.hub.memorization import NOT_MEASURED, section
 
 _METHOD = {
@@ -43,11 +52,13 @@ def write_card(
     rounds: list[dict[str, Any]],
     pipeline: str = "StableDiffusionPipeline",
     picture: str = GRID,
+    advice: str = "",
 ) -> None:
     """Write ``README.md``: what was trained from what, by which method, on which data.
 
     rounds: lines of metrics.jsonl. pipeline: the class that loads the model. picture: of the
-    validation prompts, shown if there are any and it is in ``folder``.
+    validation prompts, shown if there are any and it is in ``folder``. advice: what round to keep,
+    if rounds were measured; `FRONTIER` in ``folder`` shows them.
     An evaluation in ``folder`` is of weights before these: `refresh_card` comes after the next.
     """
     model, method, training = config.model, config.method, config.training
@@ -89,7 +100,7 @@ All settings are in `{SETTINGS}`.
 ```
 {table(rounds)}
 ```
-
+{_advised(advice)}
 {_between("none", NOT_MEASURED)}
 
 ## Use
@@ -156,6 +167,11 @@ def _pictures(folder: Path, prompts: tuple[str, ...] | None, picture: str) -> st
         return ""
     rows = "\n".join(f"- {plain(prompt)}" for prompt in prompts)
     return f"\n![Images for the validation prompts]({picture})\n\n{rows}\n"
+
+
+def _advised(advice: str) -> str:
+    """What round to keep, and the picture that shows why."""
+    return advice and f"\n{advice}\n\n![Memorization and held-out loss by round]({FRONTIER})\n"
 
 
 def _usage(lora: bool, base: str, pipeline: str) -> str:

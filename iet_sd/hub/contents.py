@@ -19,6 +19,7 @@ CARD = "README.md"
 SETTINGS = "training_config.yaml"
 METRICS = "metrics.jsonl"
 GRID = "sample_grid.png"
+FRONTIER = "frontier.png"
 INDEX = "model_index.json"
 LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors")
 EVALUATION = "evaluation"

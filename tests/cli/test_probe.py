@@ -102,6 +102,9 @@ def test_readings_best_and_picture(never_stopped):
     assert readings[advice["round"]] == {k: v for k, v in numbers.items() if k != "seconds"}
     assert not (output / "probe").exists()
     assert Image.open(output / "frontier.png").size == (960, 640)
+    card = (output / "README.md").read_text()
+    assert advice["text"] in card
+    assert "](frontier.png)" in card
 
     events = EventAccumulator(str(output / "logs" / "iet-sd-fine-tune")).Reload()
     steps = [2 * 2 * number for number in range(5)]
