@@ -4,8 +4,8 @@ Letters in shapes: G generations of each model, H held-out images, D dimensions.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,13 @@ from iet_sd.config.evaluation import ComparisonConfig
 from iet_sd.errors import UserError
 from iet_sd.evaluation.kid import kid_difference
 from iet_sd.evaluation.report import SCHEMA_VERSION
-from iet_sd.evaluation.statistics import Estimate, PairedResult, paired_difference
+from iet_sd.evaluation.statistics import (
+    Estimate,
+    PairedResult,
+    difference_of_shares,
+    exact_share,
+    paired_difference,
+)
 from iet_sd.files import write_text_atomic
 
 FILE = "comparison.json"
@@ -156,7 +162,12 @@ def _paired(
         excess = lambda value, heldout: p95(value) - p95(heldout)  # noqa: E731
         results["excess_score"] = difference(excess, "similarity", [heldout_H])
     results["similarity_mean"] = difference(np.mean, "similarity")
-    results["l2_copies"] = difference(lambda value: np.mean(value < 1), "ratio")
+    results["l2_copies"] = _with_exact_shares(
+        difference(lambda value: np.mean(value < 1), "ratio"),
+        [np.mean(np.array(e.pairs["ratio"], float) < 1) for e in (first, second)],
+        len(set(first.pairs["prompt_id"])),
+        config.confidence_level,
+    )
     losses = [evaluation.column("loss", "heldout") for evaluation in (first, second)]
     measured = [np.isfinite(loss) for loss in losses]
     if measured[0].any() and (measured[0] == measured[1]).all():
@@ -168,6 +179,19 @@ def _paired(
             seed=config.seed,
         )
     return results
+
+
+def _with_exact_shares(
+    result: PairedResult, shares: Sequence[float], units: int, level: float
+) -> PairedResult:
+    """Where no image of either model is a copy, or all are, resampling changes nothing.
+
+    The interval is then that of two samples drawn apart, which is no narrower than that of pairs.
+    """
+    if not set(shares) <= {0.0, 1.0}:
+        return result
+    exact = (exact_share(Estimate(float(s), float(s), float(s), level), units) for s in shares)
+    return replace(result, difference=difference_of_shares(*exact))
 
 
 def _kid(first: Evaluation, second: Evaluation, level: float) -> Estimate | None:
