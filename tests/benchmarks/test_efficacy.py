@@ -1,0 +1,341 @@
+"""The efficacy study on a tiny pipeline: cells, resuming, controls, and the second embedder."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.efficacy import controls, results, runner, settings, study
+from benchmarks.efficacy.cell import argv_of, flags_of
+from benchmarks.efficacy.edges import edges
+from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.protocol import ROOT, Protocol
+from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
+from iet_sd import arguments
+from iet_sd.config import MethodConfig
+from iet_sd.engine.step import Decision, decide
+from iet_sd.method.agc import empty_bank
+from iet_sd.method.msr import redistribute
+from iet_sd.presets import stand_for
+
+
+@pytest.fixture(scope="session")
+def protocol(pipelines):
+    return Protocol(
+        model=str(pipelines["sd1"]),
+        resolution=32,
+        images=12,
+        heldout=8,
+        duplicated=2,
+        copies=3,
+        batch_size=4,
+        updates=16,
+        rounds=4,
+        aggregate_every=2,
+        warmup=1,
+        prompts=6,
+        samples=6,
+        timesteps=2,
+        inference_steps=2,
+        shown=2,
+    )
+
+
+PLUS = Cell("fluent", "full", "iet_agc_plus", 1e-3, 0, 2)
+
+
+def run(cell, protocol, work, folder):
+    """A cell by its own command; returns its exit status."""
+    work.mkdir(parents=True, exist_ok=True)
+    running = runner.start(cell, protocol, work, folder)
+    return running.process.wait(120)
+
+
+# Cells
+
+
+@pytest.fixture(scope="session")
+def duplicated(protocol, tmp_path_factory):
+    """A cell that ran through, by its own process: its result, and what is left of its work."""
+    work, folder = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("results")
+    cell = replace(PLUS, setting="duplicated")
+    assert run(cell, protocol, work, folder) == 0, (work / f"{cell.name}.log").read_text()
+    return results.read(folder / f"{cell.name}.parquet"), work
+
+
+def test_a_cell_has_a_row_a_reading_and_counts_up_to_it(duplicated, protocol):
+    result, work = duplicated
+    assert result.column("round").tolist() == [0, 2, 4]
+    assert result.column("updates").tolist() == [0, 8, 16]
+    scored, skipped, trained = (result.column(n) for n in ("scored", "skipped", "trained"))
+    assert (scored == skipped + trained).all()
+    assert scored[-1] > 0
+    for name in ("similarity_pixels", "own_similarity_edges", "l2_ratio", "train_loss"):
+        values = result.column(name)
+        assert values.shape == (3, protocol.prompts)
+        assert np.isfinite(values).all()
+    assert result.column("heldout_loss").shape == (3, protocol.samples)
+    assert (
+        result.column("own_similarity_pixels") <= result.column("similarity_pixels") + 1e-6
+    ).all()
+    pictures = result.rows[-1]["pictures"]
+    assert len(pictures) == protocol.shown
+    assert pictures[0][:4] == b"RIFF"
+    assert not list((work / "cells").iterdir())
+
+
+def test_duplicated_images_are_rows_of_their_own_and_all_are_drawn(duplicated, protocol):
+    result, work = duplicated
+    assert sorted(result.about["copies"]) == [1, 1, 1, 1, 3, 3]
+    rows, once = settings.prepare("duplicated", protocol, work)
+    assert sorted(settings.copies_of(once).values()) == [1] * 10 + [3] * 2
+    from datasets import load_dataset
+
+    table = load_dataset("parquet", data_dir=str(rows), split="train")
+    assert len(table) == len(set(table["sample_id"])) == 10 + 2 * 3
+
+
+def test_a_killed_cell_goes_on_to_the_same_numbers(duplicated, protocol, tmp_path, monkeypatch):
+    whole, work, folder = duplicated[0], tmp_path, tmp_path / "results"
+    cell = whole.cell
+    # Dies where the last reading is there and its checkpoint is not.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "from iet_sd.engine import checkpointer as c\n"
+        "after = c.Checkpointer.after\n"
+        "def dying(self, event):\n"
+        "    if self.state.round == 4 and type(event).__name__ == 'RoundDone':\n"
+        "        os._exit(9)\n"
+        "    return after(self, event)\n"
+        "c.Checkpointer.after = dying\n"
+    )
+    with monkeypatch.context() as crashing:
+        crashing.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+        assert run(cell, protocol, work, folder) == 9
+    assert not folder.exists()
+    assert run(cell, protocol, work, folder) == 0
+    after = results.read(folder / f"{cell.name}.parquet")
+    for name in set(whole.rows[0]) - {"train_seconds", "read_seconds"}:
+        assert [row[name] for row in after.rows] == [row[name] for row in whole.rows], name
+
+
+def test_a_run_does_what_is_missing_and_no_more(protocol, tmp_path, monkeypatch):
+    cells = [replace(PLUS, method="plain", num_shards=1), replace(PLUS, seed=1)]
+    monkeypatch.setitem(study.STUDIES, "two", lambda rate: iter(cells))
+    begun = []
+    monkeypatch.setattr(
+        runner,
+        "start",
+        lambda cell, *given, start=runner.start: begun.append(cell) or start(cell, *given),
+    )
+    assert runner.run("two", protocol, tmp_path / "work", tmp_path / "results") == 0
+    assert begun == cells
+    plain, plus = (results.read_all(tmp_path / "results", protocol)[cell] for cell in cells)
+    # Before training all are one.
+    assert plain.rows[0]["heldout_loss"] == plus.rows[0]["heldout_loss"]
+    assert plain.rows[-1]["heldout_loss"] != plus.rows[-1]["heldout_loss"]
+    assert runner.run("two", protocol, tmp_path / "work", tmp_path / "results") == 0
+    assert len(begun) == 2
+    # Results of another protocol do not count.
+    other = replace(protocol, guidance_scale=3.0)
+    assert runner.missing("two", other, tmp_path / "results") == cells
+
+
+def test_a_cell_that_fails_is_told_and_not_tried_again(protocol, tmp_path, monkeypatch, capsys):
+    cell = replace(PLUS, learning_rate=-1.0)
+    monkeypatch.setitem(study.STUDIES, "bad", lambda rate: iter([cell]))
+    assert runner.run("bad", protocol, tmp_path / "work", tmp_path / "results") == 1
+    assert "learning_rate" in capsys.readouterr().out
+
+
+# Studies and methods
+
+
+@pytest.mark.parametrize("name", study.STUDIES)
+def test_every_cell_of_a_study_is_one_that_the_command_line_takes(name):
+    cells = study.cells(name, lambda mode, method: DEFAULT_RATE[mode, method])
+    assert len({cell.name for cell in cells}) == len(cells)
+    for cell in cells:
+        assert Cell.from_dict(json.loads(json.dumps(cell.as_dict()))) == cell
+        protocol = Protocol()
+        folders = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
+        config = arguments.load(argv_of(folders | flags_of(cell, protocol)))
+        total = config.method.steps_per_round * protocol.rounds * cell.num_shards
+        assert total == protocol.updates * cell.times
+
+
+def test_every_method_is_in_a_study_and_every_swap_exists():
+    cells = [
+        c for name in study.STUDIES for c in study.cells(name, lambda m, t: DEFAULT_RATE[m, t])
+    ]
+    assert {cell.method for cell in cells} == set(METHODS)
+    assert all(callable(getattr(controls, m.swap)) for m in METHODS.values() if m.swap)
+
+
+def fake(cell, heldout_loss):
+    rows = [{"heldout_loss": [value, value]} for value in (0.0, *heldout_loss)]
+    return results.Result(cell, {}, {}, rows)
+
+
+def test_rates_are_chosen_by_the_lowest_heldout_loss_of_the_tuning_seed():
+    low, middle, high = sorted(study.tuning("full", "iet"), key=lambda cell: cell.learning_rate)
+    found = {low: fake(low, [5, 4]), middle: fake(middle, [4, 3]), high: fake(high, [2, 9])}
+    other = replace(low, seed=0)
+    assert results.tuned_rate(found, "full", "iet") == high.learning_rate
+    assert (
+        results.tuned_rate(found | {other: fake(other, [1, 1])}, "full", "iet")
+        == high.learning_rate
+    )
+    assert results.tuned_rate({low: found[low], high: found[high]}, "full", "iet") is None
+    assert {low.seed, middle.seed, high.seed} == {TUNING_SEED}
+
+
+# Controls
+
+
+def decision(batch=16, seed=0):
+    """Of AGC and TAA on a batch of which some are skipped, some augmented, some neither."""
+    generator = torch.Generator().manual_seed(seed)
+    loss_B = torch.rand(batch, generator=generator) + 0.3
+    method = MethodConfig(**stand_for({}, "corrected", "iet_agc_plus"), bank_bins=1)
+    timesteps_B = torch.randint(1000, (batch,), generator=generator)
+    bank = decide(loss_B, timesteps_B, empty_bank(1), method, 1000).bank
+    found = decide(loss_B, timesteps_B, bank, method, 1000)
+    assert 0 < found.second_pass_B.sum() < found.keep_B.sum() < batch
+    return found
+
+
+def generators(count=300):
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
+def test_skips_at_random_are_as_many_and_any():
+    rule = decision()
+    drawn = [controls.skip_at_random(rule, g) for g in generators()]
+    assert all(each.keep_B.sum() == rule.keep_B.sum() for each in drawn)
+    share_B = torch.stack([each.keep_B for each in drawn]).float().mean(0)
+    expected = rule.keep_B.float().mean()
+    assert torch.allclose(share_B, expected, atol=5 * float(expected * (1 - expected) / 300) ** 0.5)
+    # A sample brings its own strength along, so that no skipped one is augmented.
+    assert all((each.second_pass_B <= each.keep_B).all() for each in drawn)
+    assert all(each.bank is rule.bank for each in drawn)
+
+
+def test_shuffled_strengths_are_the_same_ones_among_the_kept():
+    rule = decision()
+    drawn = [controls.shuffle_strengths(rule, g) for g in generators()]
+    kept = rule.keep_B
+    for each in drawn:
+        assert torch.equal(each.keep_B, kept)
+        assert torch.equal(each.strength_B[kept].sort().values, rule.strength_B[kept].sort().values)
+        assert torch.equal(each.strength_B[~kept], rule.strength_B[~kept])
+        passes = each.second_pass_B
+        assert not passes[~kept].any()
+        assert torch.equal(
+            each.strength_B[passes].sort().values, rule.strength_B[rule.second_pass_B].sort().values
+        )
+    share_B = torch.stack([each.second_pass_B for each in drawn]).float().mean(0)[kept]
+    expected = rule.second_pass_B[kept].float().mean()
+    assert torch.allclose(share_B, expected, atol=5 * float(expected * (1 - expected) / 300) ** 0.5)
+
+
+def test_level_strengths_are_one_and_add_up_to_the_rules():
+    rule = decision()
+    level = controls.level_strengths(rule, torch.Generator())
+    assert torch.equal(level.second_pass_B, rule.keep_B)
+    assert len(level.strength_B[rule.keep_B].unique()) == 1
+    assert torch.allclose(
+        level.strength_B[rule.keep_B].sum(), rule.strength_B[rule.second_pass_B].sum()
+    )
+    none = Decision(rule.keep_B, torch.zeros_like(rule.keep_B), rule.strength_B, rule.bank)
+    assert not controls.level_strengths(none, torch.Generator()).second_pass_B.any()
+
+
+def test_the_exchange_at_random_moves_as_many_and_not_the_most_skipped():
+    shard_of_N = torch.arange(400) % 4
+    skips_N = torch.arange(400) // 4 % 10
+    rule = (0.25, 1, "seed", 7)
+    moved, left_K = redistribute(shard_of_N, skips_N, 4, *rule)
+    random, random_left_K = controls.exchange_at_random(shard_of_N, skips_N, 4, *rule)
+    assert torch.equal(random_left_K, left_K)
+    assert torch.equal((random - shard_of_N) % 4 > 0, random != shard_of_N)
+    assert ((random - shard_of_N) % 4 <= 1).all()
+    assert skips_N[moved != shard_of_N].float().mean() > 8
+    assert skips_N[random != shard_of_N].float().mean() == pytest.approx(4.5, abs=1)
+    again, _ = controls.exchange_at_random(shard_of_N, skips_N, 4, *rule)
+    assert torch.equal(again, random)
+
+
+def test_swaps_are_in_effect_in_the_loop():
+    """In a process of its own, as they are for good."""
+    code = (
+        "from benchmarks.efficacy import controls\n"
+        "from iet_sd.engine import rounds, step\n"
+        "for name in sys.argv[1:]:\n"
+        "    before = step.decide, rounds.redistribute\n"
+        "    getattr(controls, name)()\n"
+        "    assert (step.decide, rounds.redistribute) != before, name\n"
+    )
+    swaps = {m.swap for m in METHODS.values() if m.swap}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + code, *swaps],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(swaps) == 4
+
+
+# The encoder and the second embedder
+
+
+def test_encoding_each_once_gives_the_encoders_moments():
+    code = (
+        "import torch, sys\n"
+        "from diffusers import AutoencoderKL\n"
+        "from benchmarks.efficacy.encoding import encode_each_once\n"
+        "vae = AutoencoderKL(sample_size=32)\n"
+        "x = torch.randn(3, 3, 32, 32)\n"
+        "with torch.no_grad():\n"
+        "    plain = vae.encode(x).latent_dist\n"
+        "    encode_each_once()\n"
+        "    first, again = (vae.encode(x[[2, 0, 1]]).latent_dist for _ in range(2))\n"
+        "assert torch.allclose(first.mean, plain.mean[[2, 0, 1]], atol=1e-5)\n"
+        "assert torch.allclose(first.std, plain.std[[2, 0, 1]], atol=1e-5)\n"
+        "assert torch.equal(first.mean, again.mean)\n"
+        "assert torch.equal(vae.encode(x[:1]).latent_dist.mean[0], again.mean[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_edges_know_a_shifted_shape_from_another_one():
+    def page(draw):
+        pixels = np.full((64, 64, 3), 255, np.uint8)
+        draw(pixels)
+        return Image.fromarray(pixels)
+
+    def bar(top, across):
+        def draw(pixels):
+            part = pixels[top : top + 8, 16:48] if across else pixels[16:48, top : top + 8]
+            part[:] = (200, 30, 30)
+
+        return draw
+
+    images = [page(bar(24, True)), page(bar(25, True)), page(bar(24, False)), page(lambda _: None)]
+    features = edges(images)
+    assert features.shape == (4, 176)
+    assert features.dtype == np.float32
+    length = np.linalg.norm(features, axis=1)
+    cosine = features @ features.T / np.maximum(np.outer(length, length), 1e-12)
+    assert cosine[0, 1] > 0.9
+    assert cosine[0, 2] < 0.7
+    # A page without ink has no features, and resembles nothing.
+    assert (features[3] == 0).all()
