@@ -1,10 +1,17 @@
 import json
+import signal
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.pipelines import RESOLUTION, tiny_pipeline
+
+
+def pytest_configure():
+    """Signals as in a terminal: a shell has what it starts in the background ignore some."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

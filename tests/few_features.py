@@ -1,4 +1,4 @@
-"""An embedder of few dimensions, as users give their own: FID takes seconds on thousands of them."""
+"""An embedder of few dimensions, as users give their own; FID takes seconds on thousands."""
 
 import numpy as np
 

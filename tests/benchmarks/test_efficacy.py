@@ -1,25 +1,34 @@
 """The efficacy study on a tiny pipeline: cells, resuming, controls, and the second embedder."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
-from benchmarks.efficacy import controls, results, runner, settings, study
+from benchmarks.efficacy import controls, report, results, runner, settings, study
 from benchmarks.efficacy.cell import argv_of, flags_of
 from benchmarks.efficacy.edges import edges
+from benchmarks.efficacy.encoding import encode_each_once
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.protocol import ROOT, Protocol
+from benchmarks.efficacy.readings import kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 from iet_sd import arguments
 from iet_sd.config import MethodConfig
+from iet_sd.engine import rounds, step
 from iet_sd.engine.step import Decision, decide
+from iet_sd.evaluation.closeness import unit
+from iet_sd.evaluation.kid import kid_interval
 from iet_sd.method.agc import empty_bank
 from iet_sd.method.msr import redistribute
 from iet_sd.presets import stand_for
@@ -63,7 +72,8 @@ def run(cell, protocol, work, folder):
 @pytest.fixture(scope="session")
 def duplicated(protocol, tmp_path_factory):
     """A cell that ran through, by its own process: its result, and what is left of its work."""
-    work, folder = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("results")
+    work = tmp_path_factory.mktemp("work")
+    folder = work / "results"
     cell = replace(PLUS, setting="duplicated")
     assert run(cell, protocol, work, folder) == 0, (work / f"{cell.name}.log").read_text()
     return results.read(folder / f"{cell.name}.parquet"), work
@@ -125,33 +135,53 @@ def test_a_killed_cell_goes_on_to_the_same_numbers(duplicated, protocol, tmp_pat
         assert [row[name] for row in after.rows] == [row[name] for row in whole.rows], name
 
 
-def test_a_run_does_what_is_missing_and_no_more(protocol, tmp_path, monkeypatch):
-    cells = [replace(PLUS, method="plain", num_shards=1), replace(PLUS, seed=1)]
+def test_a_run_does_what_is_missing_and_no_more(duplicated, protocol, monkeypatch):
+    result, work = duplicated
+    folder = work / "results"
+    cells = [result.cell, replace(result.cell, method="plain", num_shards=1, seed=1)]
     monkeypatch.setitem(study.STUDIES, "two", lambda rate: iter(cells))
-    begun = []
-    monkeypatch.setattr(
-        runner,
-        "start",
-        lambda cell, *given, start=runner.start: begun.append(cell) or start(cell, *given),
-    )
-    assert runner.run("two", protocol, tmp_path / "work", tmp_path / "results") == 0
-    assert begun == cells
-    plain, plus = (results.read_all(tmp_path / "results", protocol)[cell] for cell in cells)
-    # Before training all are one.
-    assert plain.rows[0]["heldout_loss"] == plus.rows[0]["heldout_loss"]
-    assert plain.rows[-1]["heldout_loss"] != plus.rows[-1]["heldout_loss"]
-    assert runner.run("two", protocol, tmp_path / "work", tmp_path / "results") == 0
-    assert len(begun) == 2
+    begun, start = [], runner.start
+    monkeypatch.setattr(runner, "start", lambda cell, *to: begun.append(cell) or start(cell, *to))
+    assert runner.run("two", protocol, work, folder) == 0
+    assert begun == cells[1:]
+    plain = results.read_all(folder, protocol)[cells[1]]
+    # Before training all are one, and it is measured once.
+    assert plain.rows[0]["heldout_loss"] == result.rows[0]["heldout_loss"]
+    assert plain.rows[0]["read_seconds"] == result.rows[0]["read_seconds"]
+    assert plain.rows[-1]["heldout_loss"] != result.rows[-1]["heldout_loss"]
+    # Pictures are kept of one seed alone.
+    assert (len(result.rows[0]["pictures"]), plain.rows[0]["pictures"]) == (protocol.shown, [])
+    assert runner.run("two", protocol, work, folder) == 0
+    assert len(begun) == 1
     # Results of another protocol do not count.
-    other = replace(protocol, guidance_scale=3.0)
-    assert runner.missing("two", other, tmp_path / "results") == cells
+    assert runner.missing("two", replace(protocol, guidance_scale=3.0), folder) == cells
+
+
+def stand_in(code):
+    """`runner.start` with another program for the cell."""
+
+    def start(cell, protocol, work, folder):
+        log = (work / "log").open("w")
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+        return runner.Running(cell, process, log, time.monotonic())
+
+    return start
 
 
 def test_a_cell_that_fails_is_told_and_not_tried_again(protocol, tmp_path, monkeypatch, capsys):
-    cell = replace(PLUS, learning_rate=-1.0)
-    monkeypatch.setitem(study.STUDIES, "bad", lambda rate: iter([cell]))
-    assert runner.run("bad", protocol, tmp_path / "work", tmp_path / "results") == 1
-    assert "learning_rate" in capsys.readouterr().out
+    monkeypatch.setitem(study.STUDIES, "bad", lambda rate: iter([PLUS]))
+    monkeypatch.setattr(runner, "start", stand_in("import sys; sys.exit('out of luck')"))
+    assert runner.run("bad", protocol, tmp_path, tmp_path) == 1
+    assert "out of luck" in capsys.readouterr().out
+
+
+def test_when_the_time_is_up_a_cell_is_told_to_stop(protocol, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(study.STUDIES, "long", lambda rate: iter([PLUS, replace(PLUS, seed=1)]))
+    monkeypatch.setattr(runner, "start", stand_in("import time; time.sleep(60)"))
+    began = time.monotonic()
+    assert runner.run("long", protocol, tmp_path, tmp_path, workers=2, minutes=0.02) == 0
+    assert time.monotonic() - began < 30
+    assert capsys.readouterr().out.count("to go on next time") == 2
 
 
 # Studies and methods
@@ -203,7 +233,7 @@ def decision(batch=16, seed=0):
     """Of AGC and TAA on a batch of which some are skipped, some augmented, some neither."""
     generator = torch.Generator().manual_seed(seed)
     loss_B = torch.rand(batch, generator=generator) + 0.3
-    method = MethodConfig(**stand_for({}, "corrected", "iet_agc_plus"), bank_bins=1)
+    method = MethodConfig(**stand_for({}, "corrected", "iet_agc_plus") | {"bank_bins": 1})
     timesteps_B = torch.randint(1000, (batch,), generator=generator)
     bank = decide(loss_B, timesteps_B, empty_bank(1), method, 1000).bank
     found = decide(loss_B, timesteps_B, bank, method, 1000)
@@ -272,48 +302,47 @@ def test_the_exchange_at_random_moves_as_many_and_not_the_most_skipped():
     assert torch.equal(again, random)
 
 
-def test_swaps_are_in_effect_in_the_loop():
-    """In a process of its own, as they are for good."""
-    code = (
-        "from benchmarks.efficacy import controls\n"
-        "from iet_sd.engine import rounds, step\n"
-        "for name in sys.argv[1:]:\n"
-        "    before = step.decide, rounds.redistribute\n"
-        "    getattr(controls, name)()\n"
-        "    assert (step.decide, rounds.redistribute) != before, name\n"
+@pytest.mark.parametrize("name", sorted({m.swap for m in METHODS.values() if m.swap}))
+def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
+    for module, function in ((step, "decide"), (rounds, "redistribute")):
+        monkeypatch.setattr(module, function, getattr(module, function))
+    before = step.decide, rounds.redistribute
+    getattr(controls, name)()
+    assert (step.decide, rounds.redistribute) != before
+
+
+def test_a_swapped_rule_is_the_same_for_the_same_batch_and_bank(monkeypatch):
+    """So that a run that goes on after a stop does as one that was never stopped."""
+    monkeypatch.setattr(step, "decide", step.decide)
+    controls.random_skip()
+    method = MethodConfig(**stand_for({}, "corrected", "iet_agc") | {"bank_bins": 1})
+    generator = torch.Generator().manual_seed(1)
+    loss_B, timesteps_B = torch.rand(16, generator=generator) + 0.3, torch.arange(16)
+    bank = decide(loss_B, timesteps_B, empty_bank(1), method, 1000).bank
+    first, again, rule = (
+        f(loss_B, timesteps_B, bank, method, 1000).keep_B
+        for f in (step.decide, step.decide, decide)
     )
-    swaps = {m.swap for m in METHODS.values() if m.swap}
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys\n" + code, *swaps],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(swaps) == 4
+    assert torch.equal(first, again)
+    assert first.sum() == rule.sum()
+    assert not torch.equal(first, rule)
 
 
 # The encoder and the second embedder
 
 
-def test_encoding_each_once_gives_the_encoders_moments():
-    code = (
-        "import torch, sys\n"
-        "from diffusers import AutoencoderKL\n"
-        "from benchmarks.efficacy.encoding import encode_each_once\n"
-        "vae = AutoencoderKL(sample_size=32)\n"
-        "x = torch.randn(3, 3, 32, 32)\n"
-        "with torch.no_grad():\n"
-        "    plain = vae.encode(x).latent_dist\n"
-        "    encode_each_once()\n"
-        "    first, again = (vae.encode(x[[2, 0, 1]]).latent_dist for _ in range(2))\n"
-        "assert torch.allclose(first.mean, plain.mean[[2, 0, 1]], atol=1e-5)\n"
-        "assert torch.allclose(first.std, plain.std[[2, 0, 1]], atol=1e-5)\n"
-        "assert torch.equal(first.mean, again.mean)\n"
-        "assert torch.equal(vae.encode(x[:1]).latent_dist.mean[0], again.mean[1])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@torch.no_grad()
+def test_encoding_each_once_gives_the_encoders_moments(monkeypatch):
+    vae = AutoencoderKL(sample_size=32)
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    plain = vae.encode(x).latent_dist
+    monkeypatch.setattr(AutoencoderKL, "encode", AutoencoderKL.encode)
+    encode_each_once()
+    first, again = (vae.encode(x[[2, 0, 1]]).latent_dist for _ in range(2))
+    assert torch.allclose(first.mean, plain.mean[[2, 0, 1]], atol=1e-5)
+    assert torch.allclose(first.std, plain.std[[2, 0, 1]], atol=1e-5)
+    assert torch.equal(first.mean, again.mean)
+    assert torch.equal(vae.encode(x[:1]).latent_dist.mean[0], again.mean[1])
 
 
 def test_edges_know_a_shifted_shape_from_another_one():
@@ -339,3 +368,124 @@ def test_edges_know_a_shifted_shape_from_another_one():
     assert cosine[0, 2] < 0.7
     # A page without ink has no features, and resembles nothing.
     assert (features[3] == 0).all()
+
+
+def test_what_each_picture_adds_to_kid_has_its_mean_and_its_spread():
+    rng = np.random.default_rng(0)
+    gen, real = rng.standard_normal((200, 5)), rng.standard_normal((150, 5)) + 0.3
+    gen, real = (unit(each) * np.sqrt(5) for each in (gen, real))
+    each = kid_of_each(gen, real)
+    whole = kid_interval(gen, real, np.arange(200)).value
+    assert each.mean() == pytest.approx(whole, rel=1e-9)
+    # The jackknife over pictures.
+    without = [
+        kid_interval(np.delete(gen, p, 0), real, np.arange(199)).value for p in range(0, 200, 4)
+    ]
+    assert 199 * np.std(without) == pytest.approx(each[::4].std(), rel=0.02)
+    assert np.corrcoef(-np.array(without), each[::4])[0, 1] > 0.999
+
+
+# The report
+
+
+def planted(protocol, method, seed, shards, factor, setting="fluent"):
+    """A result whose memorization is ``factor`` times that of plain, at the same losses."""
+    rng = np.random.default_rng(seed)
+    R, P = 5, 20
+    heldout = np.array([0.08, 0.06, 0.05, 0.055, 0.07])
+    gap = factor * np.array([0.0, 0.005, 0.01, 0.02, 0.04])
+    memory = factor * np.array([0.0, 0.05, 0.1, 0.2, 0.4])
+    around = rng.standard_normal(P) / 1000
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "green").save(picture, "WEBP")
+    rows = [
+        {
+            "round": 2 * r,
+            **dict.fromkeys(results.COUNTS, 128 * r),
+            "moved": 0,
+            "strength_sum": 0.0,
+            "train_seconds": 100.0 * r,
+            "heldout_loss": (heldout[r] + around).tolist(),
+            "train_loss": (heldout[r] - gap[r] + around).tolist(),
+            "l2_ratio": (1.2 - memory[r] + around).tolist(),
+            "pictures": [picture.getvalue()] * 2,
+            "read_seconds": 10.0,
+        }
+        | {
+            f"{key}_{embedder}": value
+            for embedder in ("pixels", "edges")
+            for key, value in {
+                "similarity": (0.5 + memory[r] + around).tolist(),
+                "own_similarity": (0.4 + memory[r] + around).tolist(),
+                "is_own": (np.arange(P) < 20 * memory[r]).tolist(),
+                "authentic": (np.arange(P) > 20 * memory[r]).tolist(),
+                "kid": (heldout[r] + around).tolist(),
+            }.items()
+        }
+        for r in range(R)
+    ]
+    rate = DEFAULT_RATE["full", METHODS[method].tuned_as]
+    cell = Cell(setting, "full", method, rate, seed, shards)
+    about = {
+        "prompts": [f"prompt {p}" for p in range(P)],
+        "prompt_ids": ["1f600"] * P,
+        "copies": [10] * 5 + [1] * 15,
+        "heldout_similarity": {"pixels": [0.5] * 8, "edges": [0.5] * 8},
+    }
+    return results.Result(cell, protocol.as_dict(), about, rows)
+
+
+@pytest.fixture
+def report_of(monkeypatch, tmp_path):
+    """The text of RESULTS.md for some results."""
+
+    def make(found):
+        monkeypatch.setattr(report.files, "read_all", lambda *_: {r.cell: r for r in found})
+        monkeypatch.setattr(report, "_training_images", lambda *_: [])
+        return report.write(tmp_path, tmp_path, Protocol()).read_text()
+
+    return make
+
+
+def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_path):
+    protocol = Protocol()
+    text = report_of(
+        [
+            *(planted(protocol, "plain", seed, 1, 1.0) for seed in (0, 1)),
+            *(planted(protocol, "iet", seed, 4, 0.5) for seed in (0, 1)),
+            planted(protocol, "agc", 0, 1, 1.5),
+            planted(protocol, "plain", TUNING_SEED, 1, 1.0),
+            planted(protocol, "iet", TUNING_SEED, 4, 0.5),
+        ]
+    )
+    assert re.search(r"\*\*iet\*\* \(n = 2\): less\. .*50% \[\d+%, \d+%\] of it", text)
+    assert re.search(r"\*\*agc\*\* \(n = 1\): more\.", text)
+    assert "the caption's own for 0% of pictures before training, 10% at the lowest" in text
+    for name in re.findall(r"\]\((pictures/.+?)\)", text):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 60
+    # Cells and hours that are left.
+    wanted = len(study.cells("first", lambda mode, method: DEFAULT_RATE[mode, method]))
+    assert f"| `first` | {wanted} | 7 |" in text
+
+
+def test_the_report_tells_duplicated_images_apart(report_of):
+    text = report_of([planted(Protocol(), "plain", 0, 1, 1.0, "duplicated")])
+    # Of 20 prompts the first 8 give their own image, of which 5 are shown often.
+    assert "| plain | 1 | 20% | 100% |" in text
+
+
+def test_the_report_of_nothing_and_of_plain_alone_is_whole(report_of):
+    assert "| `first` |" in report_of([])
+    text = report_of([planted(Protocol(), "plain", 0, 1, 1.0)])
+    assert "Nothing to compare with plain yet." in text
+
+
+def test_the_report_of_the_tuning_seed_alone_claims_no_more(report_of):
+    found = [
+        planted(Protocol(), "plain", TUNING_SEED, 1, 1.0),
+        planted(Protocol(), "iet_agc_plus", TUNING_SEED, 4, 0.5),
+    ]
+    text = report_of(found)
+    assert "A first look, one seed, the one that rates are chosen by" in text
+    assert "Against early stopping" not in text

@@ -1,11 +1,14 @@
 """``python -m iet_sd`` evaluate, generate and compare, from end to end, on tiny pipelines."""
 
 import json
+import os
+import re
 import shutil
 
 import pyarrow.parquet as parquet
 import pytest
 import yaml
+from PIL import Image, ImageOps
 
 from iet_sd.cli.main import main
 from iet_sd.evaluation import generate as generate_module
@@ -187,8 +190,14 @@ def test_without_heldout_images_only_on_request(flags, tmp_path, capsys):
     ("given", "said"),
     [
         ({"train_data_dir": "nowhere"}, "nowhere"),
+        ({"train_data_dir": None}, "Name the training data"),
         ({"heldout_data_dir": "nowhere"}, "nowhere"),
+        ({"heldout_data_dir": None, "heldout_split": "foo"}, "--heldout_split foo"),
         ({"pretrained_model_name_or_path": "./nowhere"}, "nowhere"),
+        ({"pretrained_model_name_or_path": "./nowhere", "train_data_dir": None}, "no folder"),
+        ({"output_dir": f"{__file__}/x"}, "--output_dir"),
+        ({"output_dir": __file__}, "is a file"),
+        ({"evaluation_cache_dir": __file__}, "--evaluation_cache_dir"),
         ({"lora_weights": "nowhere"}, "--lora_weights"),
         ({"embedders": "sscd"}, "sscd"),
         ({"embedders": "torchscript=nowhere.pt"}, "nowhere.pt"),
@@ -204,6 +213,88 @@ def test_a_mistake_is_one_line(flags, capsys, given, said):
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1
     assert said in error[0]
+
+
+@pytest.mark.parametrize("saved_anew", [False, True], ids=["bytes", "pixels"])
+def test_heldout_images_that_were_trained_on_are_refused(
+    flags, heldout, images, tmp_path, monkeypatch, capsys, saved_anew
+):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(heldout, mixed)
+    for number in (3, 5):
+        copy = mixed / f"{number:02d}.png"
+        shutil.copy(images / copy.name, copy)
+        if saved_anew:
+            Image.open(copy).save(copy, compress_level=0)
+    # Of a mirror image nothing is said: it is another one.
+    ImageOps.mirror(Image.open(images / "07.png")).save(mixed / "07.png")
+    monkeypatch.setattr(generate_module, "draw", None)
+    for check in ("all", "none"):
+        assert main(flags(heldout_data_dir=mixed, check_images=check)) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "2 of 30 held-out images" in error
+        assert "03.png (training image 03.png), 05.png (training image 05.png)" in error
+
+
+def test_an_embedder_that_cannot_be_had_fails_before_anything_is_drawn(
+    flags, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(generate_module, "draw", None)
+    (tmp_path / "weights.pth").write_bytes(b"not weights")
+    assert main(flags(quality_embedder=f"inception={tmp_path / 'weights.pth'}")) == 2
+    assert "weights.pth" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("request.json"))
+
+
+def test_generate_needs_training_data_for_captions_alone(flags, tmp_path, capsys):
+    none = {"train_data_dir": None, "heldout_data_dir": None}
+    assert main(flags("generate", prompts="dog", **none)) == 0
+    assert "2 images" in capsys.readouterr().out
+    assert main(flags("generate", **none)) == 2
+    assert "Name the training data" in capsys.readouterr().err
+
+
+def test_without_heldout_contradicts_held_out_images_given_but_not_trained_beside(
+    pipelines, images, flags, tmp_path, capsys
+):
+    assert main([*flags(), "--without_heldout"]) == 2
+    assert "--heldout_data_dir" in capsys.readouterr().err
+    model = tmp_path / "model"
+    shutil.copytree(pipelines["sd1"], model)
+    (model / "training_config.yaml").write_text("heldout_split: test\n")
+    given = {"pretrained_model_name_or_path": model, "quality_embedder": "none"}
+    assert main([*flags(**given, heldout_data_dir=None), "--without_heldout"]) == 0
+    # What is given takes the place of what was trained beside.
+    assert main(flags(**given)) == 0
+
+
+def test_long_prompts_are_one_line(flags, capsys, caplog):
+    captions = ["a cat " * 30, "a dog", "a bird " * 40]
+    assert main([*flags("generate"), "--prompts", *captions]) == 0
+    said = capsys.readouterr()
+    lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert [line for line in lines if "2 of 3 prompts are longer than" in line]
+    assert "truncated" not in said.out + said.err + caplog.text
+    assert "Token indices" not in said.err + caplog.text
+
+
+def test_ctrl_c_is_one_line(flags, monkeypatch, capsys):
+    def draw(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "draw", draw)
+    assert main(flags()) == 130
+    stopped = [line for line in capsys.readouterr().err.splitlines() if "Stopped" in line]
+    assert stopped == [
+        "Stopped by Ctrl-C. Run again to go on: what was drawn and embedded is kept."
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write all")
+def test_a_folder_that_may_not_be_written_is_found_at_once(flags, tmp_path, capsys):
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert main(flags(output_dir=tmp_path / "closed" / "x")) == 2
+    assert "not allowed" in capsys.readouterr().err
 
 
 def test_unknown_commands_and_help(capsys):
@@ -241,9 +332,16 @@ def test_compare_pairs_two_models(evaluated, tmp_path, capsys):
     assert difference["low"] <= difference["value"] <= difference["high"]
     assert content["results"]["heldout_loss"]["difference"]["value"] != 0
     assert content["pairs"] == 32
+    assert "-" not in "".join(re.findall(r"\S*\d\.\d{4}\S*", said))  # the sign of tables is −
     # With itself a model differs in nothing.
-    assert main(["compare", evaluated[0], evaluated[0], *resamples]) == 0
-    assert "+0.0000 [+0.0000, +0.0000]" in capsys.readouterr().out.replace("-0.0", "+0.0")
+    capsys.readouterr()
+    shutil.copytree(evaluated[0], tmp_path / "copy")
+    assert main(["compare", evaluated[0], str(tmp_path / "copy"), *resamples]) == 0
+    assert "+0.0000 [+0.0000, +0.0000]" in (said := capsys.readouterr().out)
+    assert "−0.0000" not in said
+    assert main(["compare", evaluated[0], f"{evaluated[0]}/../a"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "the same evaluation" in line
 
 
 def test_compare_refuses_what_is_not_paired(evaluated, flags, tmp_path, capsys):

@@ -1,11 +1,16 @@
 """Names, texts and assembly of the report's numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from iet_sd.evaluation import measures
-from iet_sd.evaluation.measures import Resampling, copying, fidelity, losses, measure
+from iet_sd.evaluation.closeness import Ratios
+from iet_sd.evaluation.measures import Resampling, copying, distances, fidelity, losses, measure
+from iet_sd.evaluation.ratio import l2_ratio
+from iet_sd.evaluation.run import _headlines
 from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate
 
@@ -63,7 +68,24 @@ def test_fidelity_names_what_is_shaky():
     assert list(found)[:3] == ["kid", "kid_spread", "fid"]
     assert {"precision", "recall", "density", "coverage", "vendi"} <= set(found)
     assert found["kid"].low < found["kid"].value < found["kid"].high
-    assert found["fid"].warning
+    assert [name for name, m in found.items() if m.warning] == ["fid"]
+
+
+@pytest.mark.parametrize(("train", "warns"), [(49, True), (50, False), (60, False)])
+def test_ratios_of_few_training_images_warn(train, warns):
+    distance = np.sort(RNG.random((G, min(train, 50))), axis=1)
+    found = distances({"generated": Ratios(distance, l2_ratio(distance))}, BY)
+    assert found[0].name == "l2_copies"
+    assert {m.warning is not None for m in found} == {warns}
+    assert not warns or "49" in found[0].warning
+
+
+def test_what_warns_is_no_headline():
+    names = ("l2_copies", "kid", "fid")
+    plain = [measure("Copying", name, 0.1) for name in names]
+    assert [m.headline for m in _headlines(plain, "pixels")] == [True, True, False]
+    shaky = [replace(m, warning="few") for m in plain]
+    assert not any(m.headline for m in _headlines(shaky, "pixels"))
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from iet_sd.cli.main import main
 from iet_sd.data.sources import load_source
 from iet_sd.errors import UserError
 from iet_sd.evaluation.embedders import build_embedder
+from iet_sd.evaluation.heldout import load_heldout
 from iet_sd.evaluation.probe import Probe, Reading
-from iet_sd.evaluation.run import heldout_of
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import as_pipeline, load_components
 from tests.pipelines import RESOLUTION
@@ -49,11 +49,12 @@ def config(pipelines, images, heldout):
 @pytest.fixture
 def probe_of(tmp_path):
     def make(config):
+        train = load_source(config.data)
         return Probe(
             config.probe,
             config.data,
-            load_source(config.data),
-            load_source(heldout_of(config.data)),
+            train,
+            load_heldout(config.data, train),
             build_embedder(config.probe.eval_embedder),
             config.training.seed,
             config.training.train_batch_size,

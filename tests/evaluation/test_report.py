@@ -263,6 +263,7 @@ def test_bars_are_to_scale(given, changes, shown, labels):
         measure(0.5),
         measure(None, 0, 1),
         measure(0.5, 0.4, 0.6, section="Quality"),
+        measure(0.02, 0.01, 0.03, section="Membership", name="heldout_loss"),
         measure(9, 8, 10),
     ],
 )
