@@ -28,6 +28,7 @@ S = TypeVar("S", bound=Settings)
 _EXCLUSIVE = (
     ("steps_per_round", "max_train_steps"),
     ("dataset_name", "train_data_dir"),
+    ("heldout_split", "heldout_data_dir"),
     ("validation_prompt", "validation_prompts"),
 )
 

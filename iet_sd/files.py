@@ -2,12 +2,34 @@
 
 import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from iet_sd.errors import UserError
+
 _STAGING = ".partial"
+
+
+def check_writable(folder: Path, flag: str = "--output_dir") -> None:
+    """Make ``folder`` if it is not there, and see that a file can be written into it.
+
+    Errors: `UserError`, calling it by ``flag``, whatever the reason. Nothing but the folder stays.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise UserError(f"{flag} {folder} is a file; give a folder.") from error
+        raise UserError(
+            f"{flag} {folder} cannot be written to: {error.strerror}. Give a folder that you may "
+            "write to, on a disk with room."
+        ) from error
 
 
 @contextmanager
@@ -44,11 +66,17 @@ def new_staging(path: Path | str) -> Path:
 
 
 def publish(path: Path | str) -> None:
-    """Move what lies in the staging folder of ``path`` to ``path``; the second half."""
+    """Move what lies in the staging folder of ``path`` to ``path``; the second half.
+
+    All files get the rights that the user's umask gives.
+    """
     path = Path(os.path.abspath(path))
     staging = staging_for(path)
+    # As the folder has them: to ask for the umask itself is to change it for all threads.
+    rights = stat.S_IMODE(staging.stat().st_mode) & 0o666
     for folder, _, names in os.walk(staging):
         for name in names:
+            _give_rights(os.path.join(folder, name), rights)
             _sync(os.path.join(folder, name))
         _sync(folder)
     if path.is_dir():
@@ -111,6 +139,13 @@ def _swap_in(new: Path, target: Path) -> None:
     except BaseException:
         os.rename(retired, target)
         raise
+
+
+def _give_rights(path: str, rights: int) -> None:
+    """Set a file's rights: safetensors writes files that no one else may read."""
+    # File systems without rights refuse to change what they show.
+    if stat.S_IMODE(os.stat(path).st_mode) != rights:
+        os.chmod(path, rights)
 
 
 def _sync(path: Path | str) -> None:

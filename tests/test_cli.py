@@ -132,6 +132,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsy
     assert "2 rounds of 2 updates per shard: 4 for each proxy, 8 together" in said
     assert "bank_bins: 50" in said
     assert "memory:" in said
+    assert "Python and its libraries take about 1.3 GiB of it more" in said
     assert "time:" in said
     assert not (tmp_path / "output").exists()
 

@@ -291,6 +291,8 @@ MISTAKES = [
     ({"num_shards": 1}, "--num_shards is 1"),
     ({"method": "none", "num_shards": 2}, "--method none is plain"),
     ({"method": "none", "agc": True}, "--method none is plain"),
+    ({"method": "none", "msr": True}, "--method none is plain"),
+    ({"method": "none", "taa": True}, "--method none is plain"),
     ({"num_train_epochs": 0}, "--num_train_epochs"),
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
     ({"num_validation_images": 0}, "--num_validation_images"),

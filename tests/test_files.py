@@ -1,9 +1,20 @@
 import os
+import stat
+import sys
 
 import pytest
+from safetensors.torch import save_file
 
 from iet_sd import files
-from iet_sd.files import atomic_folder, new_staging, publish, staging_for, write_text_atomic
+from iet_sd.errors import UserError
+from iet_sd.files import (
+    atomic_folder,
+    check_writable,
+    new_staging,
+    publish,
+    staging_for,
+    write_text_atomic,
+)
 
 
 def content(folder):
@@ -110,3 +121,52 @@ def test_text_is_replaced_or_left(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text_atomic(path, "long enough to be flushed " * 1000 + "\ud800")
     assert content(tmp_path) == {"config.yaml": "naïve\n"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
+@pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_all_files_have_the_rights_of_the_umask(mask, expected, tmp_path):
+    before = os.umask(mask)
+    try:
+        for _ in range(2):  # as a new folder, and merged into one
+            with atomic_folder(tmp_path / "result") as staging:
+                write(staging / "unet", config="c")
+                save_file({}, staging / "unet" / "weights.safetensors")
+    finally:
+        os.umask(before)
+    found = [p for p in (tmp_path / "result").rglob("*") if p.is_file()]
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in found} == {
+        "config": expected,
+        "weights.safetensors": expected,
+    }
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "file is a file; give a folder."),
+        ("file/x", "file/x cannot be written to: Not a directory. Give a folder"),
+        ("n" * 300, "nnn cannot be written to: File name too long. Give a folder"),
+        *[
+            pytest.param(
+                place,
+                f"--flag {place} cannot be written to: ",
+                marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux's own folders"),
+            )
+            for place in ("/proc", "/proc/iet", "/sys", "/sys/iet")
+        ],
+    ],
+    ids=lambda text: text[:9],
+)
+def test_where_nothing_can_be_written_is_one_error_with_the_reason(place, said, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError) as error:
+        check_writable(tmp_path / place, "--flag")
+    assert said in str(error.value)
+    assert str(error.value).startswith("--flag ")
+    assert content(tmp_path) == {"file": "mine"}
+
+
+def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path):
+    check_writable(tmp_path / "deep" / "result")
+    assert not any((tmp_path / "deep" / "result").iterdir())

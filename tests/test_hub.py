@@ -278,6 +278,13 @@ def test_use_is_valid_python_for_the_kind_of_result(card, given):
     assert ('from_pretrained("some/model")' in code) == ("train_mode" in given)
 
 
+@pytest.mark.parametrize("given", MODES, ids=["full", "lora"])
+def test_use_of_a_local_base_has_a_stand_in_for_its_place(card, given):
+    code = card(**given).text.split("```python\n")[1].split("```")[0]
+    expected = "path/to/the/base/model" if given else "path/to/this/folder"
+    assert f'from_pretrained("{expected}")' in code
+
+
 def test_pictures_are_shown_where_there_are_some(card, tmp_path):
     assert GRID not in card(validation_prompts=("a cat",)).content
     # A picture that an earlier run left in the folder is not this run's.

@@ -11,7 +11,8 @@ PACKAGE = ROOT / "iet_sd"
 # Lowest first. A unit (a module of iet_sd, or a folder as a whole) imports from the lines above
 # its own, never from its own line: those are siblings.
 LAYERS = (
-    ("errors", "presets", "seeding", "files"),  # L0
+    ("errors",),  # L0
+    ("presets", "seeding", "files"),
     ("config",),
     ("arguments",),
     ("method", "diffusion"),  # L1

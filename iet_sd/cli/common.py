@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("iet_sd")
 # Disk full, over quota, read-only, not allowed.
-_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+_CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def status_of(command: Callable[[], None], way_on: str) -> int:
@@ -26,6 +27,9 @@ def status_of(command: Callable[[], None], way_on: str) -> int:
 
     ``way_on`` says what to do once there is room on the disk again.
     """
+    # Threads that wait for their next piece of work else do so at full speed, and take the cores
+    # from those that have some. OpenMP reads this when torch is loaded, which no command is yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     rank = os.environ.get("RANK", "0")
     prefix = f"error{'' if rank == '0' else f' (process {rank})'}"
     try:
@@ -44,6 +48,9 @@ def status_of(command: Callable[[], None], way_on: str) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.number
+    except KeyboardInterrupt:
+        print(f"Stopped by {signal.SIGINT.name} at once.", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
 
 

@@ -1,7 +1,8 @@
 """``python -m iet_sd evaluate``, ``generate`` and ``compare``: parse, check, run, tell."""
 
 import shlex
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,28 +10,43 @@ from typing import TYPE_CHECKING, Any
 from iet_sd.arguments import load, read_yaml
 from iet_sd.cli.common import make_accelerator, status_of
 from iet_sd.config import CompareSettings, Config, DataConfig, EvaluateSettings, GenerateSettings
+from iet_sd.errors import Stopped, UserError
+from iet_sd.files import check_writable
 
 if TYPE_CHECKING:
     from iet_sd.evaluation.pipelines import Model
     from iet_sd.evaluation.sets import Process
 
-_WAY_ON = "Make room and run again: what was drawn and embedded is kept."
+_KEPT = "what was drawn and embedded is kept"
+_WAY_ON = f"Make room and run again: {_KEPT}."
 _TIMEOUT = timedelta(hours=24)
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Run ``python -m iet_sd evaluate``; returns the exit status."""
-    return status_of(lambda: _evaluate(argv), _WAY_ON)
+    return _status_of(lambda: _evaluate(argv), f"Run again to go on: {_KEPT}.")
 
 
 def generate(argv: Sequence[str]) -> int:
     """Run ``python -m iet_sd generate``; returns the exit status."""
-    return status_of(lambda: _generate(argv), _WAY_ON)
+    return _status_of(lambda: _generate(argv), f"Run again to go on: {_KEPT}.")
 
 
 def compare(argv: Sequence[str]) -> int:
     """Run ``python -m iet_sd compare``; returns the exit status."""
-    return status_of(lambda: _compare(argv), _WAY_ON)
+    return _status_of(lambda: _compare(argv))
+
+
+def _status_of(command: Callable[[], None], kept: str = "") -> int:
+    """As `status_of`; a Ctrl-C is one line, which ends with what is ``kept``."""
+
+    def stoppable() -> None:
+        try:
+            command()
+        except KeyboardInterrupt:
+            raise Stopped(signal.SIGINT, kept) from None
+
+    return status_of(stoppable, _WAY_ON)
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -42,6 +58,9 @@ def _evaluate(argv: Sequence[str]) -> None:
 
     run.check(settings)
     output_dir = _output_dir(settings)
+    check_writable(output_dir)
+    if cache_dir := settings.evaluation.evaluation_cache_dir:
+        check_writable(Path(cache_dir), "--evaluation_cache_dir")
     model, process = _set_up(settings)
     command = f"{prog} {shlex.join(argv)}"
     report = run.evaluate(settings, model, output_dir, command, process)
@@ -58,9 +77,11 @@ def _generate(argv: Sequence[str]) -> None:
     from iet_sd.evaluation import run
 
     run.check(settings)
+    output_dir = _output_dir(settings)
+    check_writable(output_dir)
     model, process = _set_up(settings)
     source = None if settings.generation.prompts else load_source(settings.data)
-    generations, _ = run.draw(settings, model, source, _output_dir(settings) / "cache", process)
+    generations, _ = run.draw(settings, model, source, output_dir / "cache", process)
     if not process.index:
         print(f"{len(generations)} images in {generations.folder}")
 
@@ -73,7 +94,13 @@ def _compare(argv: Sequence[str]) -> None:
 
 
 def _as_trained(values: dict[str, Any]) -> dict[str, Any]:
-    """What the ``training_config.yaml`` beside the weights says of the data."""
+    """What the ``training_config.yaml`` beside the weights says of the data.
+
+    Errors: `UserError` if what was given contradicts itself; what was trained with may differ.
+    """
+    heldout = [name for name in ("heldout_split", "heldout_data_dir") if values.get(name)]
+    if values.get("without_heldout") and heldout:
+        raise UserError(f"--without_heldout leaves out what --{heldout[0]} names: give one.")
     for key in ("lora_weights", "pretrained_model_name_or_path"):
         place = Path(str(values.get(key, ""))).expanduser()
         file = (place if place.is_dir() else place.parent) / "training_config.yaml"

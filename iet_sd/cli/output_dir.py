@@ -1,27 +1,37 @@
 """``--output_dir`` of a training run: what an earlier run has left there, and when it goes away."""
 
+import logging
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from iet_sd import probing
 from iet_sd.config import Config
 from iet_sd.engine import checkpoint
 from iet_sd.errors import UserError
+from iet_sd.files import check_writable
 from iet_sd.hub.contents import GRID, PENDING, SETTINGS
 from iet_sd.models.family import PARTS
-from iet_sd.models.layout import INDEX
+from iet_sd.models.layout import INDEX, LORA
 from iet_sd.models.saving import KOHYA_LORA, MERGED, NON_EMA, NON_EMA_LORA
 
-_LORA = "pytorch_lora_weights.safetensors"
+logger = logging.getLogger("iet_sd")
+_LOCK = ".lock"
+# Seconds for an earlier run to end, which may be saving what it has done.
+_PATIENCE = 15
 _METRICS = "metrics.jsonl"
-_RESULTS = (INDEX, _LORA)
+_RESULTS = (INDEX, LORA)
 _RECORDS = (*_RESULTS, _METRICS, "checkpoint-*")
 # Names of all that a run writes.
 _WRITTEN = re.compile(
     "|".join(
         [
-            *map(re.escape, (INDEX, *PARTS, _LORA, _METRICS, "README.md")),
+            *map(re.escape, (INDEX, *PARTS, LORA, _METRICS, "README.md")),
             *map(re.escape, (KOHYA_LORA, MERGED, NON_EMA_LORA)),
             *(f"{part}{NON_EMA}" for part in PARTS),
             *map(re.escape, (SETTINGS, GRID, PENDING)),
@@ -34,6 +44,24 @@ _WRITTEN = re.compile(
 )
 
 
+def take_output_dir(config: Config, at_end: ExitStack) -> None:
+    """Have --output_dir for this run alone until ``at_end``, on the main process.
+
+    Errors: `UserError` for a folder that can't be written to, is that of the model or the data, or
+    is another run's. What is made here goes away again if the run leaves nothing in it. A dry run
+    writes nothing, so it takes nothing.
+    """
+    if config.training.dry_run:
+        return
+    output_dir = Path(config.training.output_dir)
+    _check_inputs(output_dir, config)
+    is_new = not os.path.exists(output_dir)
+    check_writable(output_dir)
+    if is_new:
+        at_end.callback(_remove_if_empty, output_dir)
+    at_end.enter_context(_locked(output_dir))
+
+
 def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, if any; reads all of it, so on the main process alone.
 
@@ -43,12 +71,11 @@ def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     training = config.training
     output_dir = Path(training.output_dir)
     found = checkpoint.find(output_dir, training.resume_from_checkpoint)
-    if not training.dry_run:
-        _check_inputs(output_dir, config)
-        if not training.overwrite_output_dir and not goes_on_here(found, output_dir):
-            # An unfinished run without checkpoints can be started again by the same command.
-            restarts = training.resume_from_checkpoint == "latest"
-            _check_nothing_lost(output_dir, _RESULTS if restarts else _RECORDS)
+    may_write_over = training.dry_run or training.overwrite_output_dir
+    if not may_write_over and not goes_on_here(found, output_dir):
+        # An unfinished run without checkpoints can be started again by the same command.
+        restarts = training.resume_from_checkpoint == "latest"
+        _check_nothing_lost(output_dir, _RESULTS if restarts else _RECORDS)
     return found
 
 
@@ -75,10 +102,61 @@ def make_way(config: Config) -> None:
         shutil.rmtree(logs, ignore_errors=True)
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock ``folder`` against other runs; the system unlocks it however this process ends."""
+    lock = FileLock(folder / _LOCK)
+    _acquire(lock, folder)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def _acquire(lock: FileLock, folder: Path) -> None:
+    """Errors: `UserError` if another run still has the lock after a while."""
+    # Before we try: some versions of filelock empty the file then.
+    holder = _holder(Path(lock.lock_file))
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("waiting for another run%s to end in --output_dir %s", holder, folder)
+            lock.acquire(timeout=_PATIENCE, poll_interval=0.2)
+    except Timeout as error:
+        raise UserError(
+            f"--output_dir {folder} is in use by another run{holder}. Wait until that ends, or "
+            "stop it, then start this one again; or give another folder."
+        ) from error
+    except (NotImplementedError, OSError) as error:
+        logger.warning(
+            "--output_dir %s is on a disk without locks (%s): start no other run in it",
+            folder,
+            error,
+        )
+    else:
+        with suppress(OSError):  # Windows keeps others off a locked file, and us
+            Path(lock.lock_file).write_text(str(os.getpid()))
+
+
+def _holder(path: Path) -> str:
+    """Who has the lock, for a message, if it can be told."""
+    try:
+        number = path.read_text()
+    except OSError:
+        return ""
+    return f" (process {number})" if number else ""
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _check_inputs(output_dir: Path, config: Config) -> None:
     """The result must not go into the folder of the model or the data."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file; give a folder.")
     inputs = {
         "model": config.model.pretrained_model_name_or_path,
         "VAE": config.model.pretrained_vae_model_name_or_path,
@@ -87,13 +165,18 @@ def _check_inputs(output_dir: Path, config: Config) -> None:
     for what, name in inputs.items():
         if name is None:
             continue
-        place = Path(name).expanduser().resolve()
-        if place.is_dir() and place == output_dir.resolve():
+        place, target = Path(name).expanduser().resolve(), output_dir.resolve()
+        if not place.exists() and place in (target, *target.parents):
+            raise UserError(
+                f"--output_dir {output_dir} would make a folder {name}, and that would be taken "
+                f"for the {what} to start from, {name} on the Hub; give another one."
+            )
+        if place.is_dir() and place == target:
             raise UserError(
                 f"--output_dir {output_dir} is the folder of the {what} to start from; give "
                 "another one."
             )
-        if place.parent == output_dir.resolve() and _WRITTEN.fullmatch(place.name):
+        if place.parent == target and _WRITTEN.fullmatch(place.name):
             raise UserError(
                 f"{name}, the {what} to start from, is what a run writes in --output_dir "
                 f"{output_dir}; give another one."

@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import secrets
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,17 +39,17 @@ def train(argv: Sequence[str]) -> int:
     """Run ``train_iet_sd.py``; returns the exit status."""
 
     def command() -> None:
-        with Signals() as signals:
-            _train(load(argv), signals)
+        with Signals() as signals, ExitStack() as at_end:
+            _train(load(argv), signals, at_end)
 
     return status_of(command, _WAY_ON)
 
 
-def _train(config: Config, signals: Signals) -> None:
+def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     """Check everything that can be checked without weights, then train."""
     from accelerate.utils import ProjectConfiguration
 
-    from iet_sd.cli.output_dir import open_checkpoint
+    from iet_sd.cli.output_dir import open_checkpoint, take_output_dir
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
@@ -74,6 +74,7 @@ def _train(config: Config, signals: Signals) -> None:
     )
     plan.check_processes(config, accelerator.num_processes)
     processes = accelerator.process_index, accelerator.num_processes
+    from_main(lambda: take_output_dir(config, at_end), *processes)
     found = from_main(lambda: open_checkpoint(config), *processes)
     repository = open_repository(config, *processes)
     seed = config.training.seed
@@ -90,7 +91,7 @@ def _train(config: Config, signals: Signals) -> None:
 
     with accelerator.main_process_first():
         source = load_source(config.data)
-        heldout = _load_heldout(config)
+        heldout = _load_heldout(config, source)
     for name, reason in source.excluded:
         logger.warning("left out %s: %s", name, reason)
     method = config.method
@@ -214,16 +215,15 @@ def _run(
     accelerator.wait_for_everyone()
 
 
-def _load_heldout(config: Config) -> "Source | None":
-    """The images that --eval_every_rounds compares with; errors as `load_source`."""
+def _load_heldout(config: Config, train: "Source") -> "Source | None":
+    """The images that --eval_every_rounds compares with; errors as `load_heldout`."""
     if config.probe.eval_every_rounds is None:
         return None
-    from iet_sd.data.sources import load_source
     from iet_sd.evaluation.embedders import check_embedder
-    from iet_sd.evaluation.run import heldout_of
+    from iet_sd.evaluation.heldout import load_heldout
 
     check_embedder(config.probe.eval_embedder, cache_dir=config.data.cache_dir)
-    return load_source(heldout_of(config.data))
+    return load_heldout(config.data, train)
 
 
 def _check_tracker(name: str) -> None:

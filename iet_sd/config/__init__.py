@@ -77,6 +77,7 @@ class Config(Settings):
     hub: HubConfig
 
     def __post_init__(self) -> None:
+        self.data.require()
         given = self.method.steps_per_round is not None, self.training.max_train_steps is not None
         if all(given):
             raise UserError(

@@ -81,11 +81,8 @@ class DataConfig:
             raise UserError(f"--proportion_empty_prompts must lie in 0 to 1; got {share}.")
         if self.keep_tokens and not self.shuffle_caption:
             raise UserError("--keep_tokens says what --shuffle_caption leaves in place: give both.")
-        if (self.dataset_name is None) == (self.train_data_dir is None):
-            raise UserError(
-                "Name the training data once: --dataset_name for the Hub, or --train_data_dir "
-                f"for local files; got {self.dataset_name!r} and {self.train_data_dir!r}."
-            )
+        if self.dataset_name is not None and self.train_data_dir is not None:
+            self.require()
         if self.heldout_split and self.heldout_data_dir:
             raise UserError(
                 "--heldout_split and --heldout_data_dir both name the held-out images: give one."
@@ -104,6 +101,14 @@ class DataConfig:
                 f"--bucket_reso_steps must be a multiple of 8; got {self.bucket_reso_steps}."
             )
         assert self.buckets  # so that a mistake is found now
+
+    def require(self) -> None:
+        """`UserError` unless the training data are named, as all but drawing own prompts needs."""
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UserError(
+                "Name the training data once: --dataset_name for the Hub, or --train_data_dir "
+                f"for local files; got {self.dataset_name!r} and {self.train_data_dir!r}."
+            )
 
     @property
     def buckets(self) -> tuple[Size, ...]:

@@ -94,6 +94,11 @@ class MethodConfig:
             )
         if self.bank_bins > 1000:
             raise UserError(f"--bank_bins must be at most 1000 (timesteps); got {self.bank_bins}.")
+        if self.method == "none" and (self.num_shards > 1 or self.agc or self.taa or self.msr):
+            raise UserError(
+                "--method none is plain fine-tuning: one shard, no AGC, TAA or MSR. For shards "
+                "alone use --method iet, with skipping --method iet_agc."
+            )
         if self.taa and not self.agc:
             raise UserError(
                 "--taa needs --agc: its strength is the distance from AGC's threshold. "
@@ -113,9 +118,4 @@ class MethodConfig:
             raise UserError(
                 "--msr moves samples between shards, and --num_shards is 1. "
                 "Use more shards, or --no-msr."
-            )
-        if self.method == "none" and (self.num_shards > 1 or self.agc):
-            raise UserError(
-                "--method none is plain fine-tuning: one shard, no AGC, TAA or MSR. For shards "
-                "alone use --method iet, with skipping --method iet_agc."
             )

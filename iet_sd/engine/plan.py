@@ -168,7 +168,8 @@ def describe(
             f"memory:    about {_gib(on_device)} on {device.type} (UNet with gradients and moments "
             f"{_gib(found.model)}, its activations at most {_gib(found.activations)}; VAE and text "
             f"encoders {_gib(found.frozen)}, encoding a batch {_gib(found.encoding)}), "
-            f"{_gib(found.host)} of main memory for waiting proxies and their mean",
+            f"{_gib(found.host)} of main memory for waiting proxies and their mean; Python and its "
+            "libraries take about 1.3 GiB of it more",
             f"disk:      {_gib(saved)} for {kept} checkpoints of at most {_gib(found.checkpoint)}, "
             f"one being written and steps within a round; {_gib(found.store)} for waiting proxies",
             f"time:      UNet {_duration(fast)} to {_duration(slow)} on this {device.type}",

@@ -23,6 +23,7 @@ from iet_sd.evaluation.statistics import (
     exact_share,
     paired_difference,
 )
+from iet_sd.evaluation.verdict import with_minus
 from iet_sd.files import write_text_atomic
 
 FILE = "comparison.json"
@@ -96,6 +97,8 @@ def compare(config: ComparisonConfig) -> str:
     Errors: `UserError` for folders that are no evaluations, or of other data, prompts or seeds.
     """
     first, second = Evaluation.read(config.first), Evaluation.read(config.second)
+    if first.folder.resolve() == second.folder.resolve():
+        return f"{config.first} and {config.second} are the same evaluation: nothing differs."
     _require_pairs(first, second)
     results = _paired(first, second, config)
     kid = _kid(first, second, config.confidence_level)
@@ -223,18 +226,18 @@ def _words(
     }
     reduction = results[key].relative_reduction
     if np.isfinite(reduction.value):
-        shown = [f"{-x:+.1%}" for x in (reduction.value, reduction.high, reduction.low)]
+        shown = [f"{-x:+z.1%}" for x in (reduction.value, reduction.high, reduction.low)]
     else:
-        shown = [f"{x:+.4f}" for x in _change(results[key])]
+        shown = [f"{x:+z.4f}" for x in _change(results[key])]
     found = f"{labels[key]} {shown[0]} [{shown[1]}, {shown[2]}]"
     if kid is not None:
-        found += f", KID {kid.value:+.5f} [{kid.low:+.5f}, {kid.high:+.5f}]"
-    lines = [f"{second.name} against {first.name}: {found}, by {first.embedder}."]
+        found += f", KID {kid.value:+z.5f} [{kid.low:+z.5f}, {kid.high:+z.5f}]"
+    names = f"{second.name} against {first.name}"
+    lines = [f"{names}: {with_minus(found)}, by {first.embedder}."]
     for name, result in results.items():
         value, low, high = _change(result)
-        lines.append(
-            f"  {labels[name]}: {value:+.4f} [{low:+.4f}, {high:+.4f}], p = {result.p_value:.3g}"
-        )
+        numbers = with_minus(f"{value:+z.4f} [{low:+z.4f}, {high:+z.4f}]")
+        lines.append(f"  {labels[name]}: {numbers}, p = {result.p_value:.3g}")
     return "\n".join(lines)
 
 

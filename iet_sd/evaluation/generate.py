@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from iet_sd.errors import UserError
 from iet_sd.files import atomic_file, write_text_atomic
-from iet_sd.sampling import draw
+from iet_sd.sampling import draw, say_what_is_cut
 from iet_sd.seeding import seed_for
 
 
@@ -123,6 +123,7 @@ def generate(
         generations.folder.mkdir(parents=True, exist_ok=True)
         if process_index == 0:  # which draws the first image, however many processes there are
             _write_request(generations, model_fingerprint, pipeline)
+            say_what_is_cut(pipeline, request.prompts)
         with tqdm(total=len(missing), desc="Images", disable=process_index > 0) as bar:
             for start in range(0, len(missing), batch_size):
                 batch = missing[start : start + batch_size]

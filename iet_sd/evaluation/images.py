@@ -89,11 +89,15 @@ class TableImages:
     @cached_property
     def fingerprint(self) -> str:
         """Changes when an image (its file), their order, or the resize does."""
-        digests = [
+        return _hashed([*self.digests, self.resolution, self.interpolation])
+
+    @cached_property
+    def digests(self) -> list[str]:
+        """`digest_of` each encoded file; those that the source does not know are read."""
+        return [
             digest or _digest(self._record(index), self.ids[index])
             for index, digest in enumerate(self.source.digests)
         ]
-        return _hashed([*digests, self.resolution, self.interpolation])
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from iet_sd.evaluation import membership, quality
-from iet_sd.evaluation.closeness import Ratios
+from iet_sd.evaluation.closeness import RATIO_NEIGHBOURS, Ratios
 from iet_sd.evaluation.kid import kid_interval
 from iet_sd.evaluation.ratio import mq
 from iet_sd.evaluation.similarity import summarize
@@ -287,7 +287,15 @@ def distances(ratios: Mapping[str, Ratios], by: Resampling) -> list[Measure]:
         excess = by.excess(copies, generated.ratio_Q, heldout.ratio_Q, ["share"])["share"]
         shown.append(measure("Copying", "excess_l2_copies", excess))
     counts = mq(generated.distance_QK)
-    return [*shown, *(measure("Copying", f"mq_{cut}", count) for cut, count in counts.items())]
+    shown += [measure("Copying", f"mq_{cut}", count) for cut, count in counts.items()]
+    neighbours = generated.distance_QK.shape[1]
+    if neighbours < RATIO_NEIGHBOURS:
+        warning = (
+            f"made for the {RATIO_NEIGHBOURS} nearest training images, and there are only "
+            f"{neighbours}: no number to rely on"
+        )
+        return [replace(m, warning=warning) for m in shown]
+    return shown
 
 
 def authenticity(authentic_G: np.ndarray, by: Resampling) -> Measure:
@@ -330,7 +338,7 @@ def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, by: Resampling) -
         len(generated_GD), len(heldout_HD), generated_GD.shape[1]
     )
     shown = [measure("Quality", name, value) for name, value in found.items()]
-    return [m if m.name == "kid" else replace(m, warning=warning) for m in shown]
+    return [replace(m, warning=warning) if m.name == "fid" else m for m in shown]
 
 
 def mean_of(section: Section, name: str, value_G: np.ndarray, by: Resampling) -> Measure:

@@ -30,7 +30,7 @@ from iet_sd.evaluation.neighbours import nearest
 from iet_sd.evaluation.prompts import caption_of, choose
 from iet_sd.evaluation.sets import Subset
 from iet_sd.evaluation.statistics import Estimate, bootstrap
-from iet_sd.sampling import draw
+from iet_sd.sampling import draw, say_what_is_cut
 from iet_sd.seeding import seed_for
 
 RESAMPLES = 1000
@@ -143,6 +143,8 @@ class Probe:
         finite.
         """
         began = time.perf_counter()
+        if round == 0:  # once is enough
+            say_what_is_cut(pipeline, self.prompts)
         with autocast():
             pictures = self._draw(pipeline)
             train_N, heldout_N = (self._losses(pipeline, name) for name in ("train", "heldout"))

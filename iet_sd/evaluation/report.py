@@ -182,10 +182,11 @@ def interval_bar(measure: Mapping[str, Any]) -> dict[str, Any] | None:
     """Where value and interval lie on a scale, in percent of its width; None: no bar helps.
 
     From 0 to 1 where all is within, so that rows compare; around zero where zero is best or some
-    of it is negative. Quality and counts have no common scale.
+    of it is negative. Quality, counts and the loss of one set have no common scale.
     """
     value, low, high = measure["value"], measure["low"], measure["high"]
-    if measure["section"] == "Quality" or None in (value, low, high):
+    is_alone = measure["section"] == "Quality" or measure["name"] == "heldout_loss"
+    if is_alone or None in (value, low, high):
         return None
     largest = max(map(abs, (value, low, high)))
     if measure["better"] == "zero" or low < 0:

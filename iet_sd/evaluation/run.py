@@ -21,6 +21,7 @@ from iet_sd.evaluation.closeness import Closeness, l2_ratios, unit
 from iet_sd.evaluation.copying import c_t
 from iet_sd.evaluation.embedders import build_embedder, check_embedder
 from iet_sd.evaluation.generate import Generations, generate
+from iet_sd.evaluation.heldout import heldout_of, load_heldout
 from iet_sd.evaluation.images import TableImages
 from iet_sd.evaluation.measures import Measure, Resampling, measure
 from iet_sd.evaluation.pipelines import Model, check_pipeline
@@ -39,8 +40,11 @@ def check(settings: GenerateSettings | EvaluateSettings) -> None:
     """`UserError` for what can be known to fail before data or weights are loaded."""
     check_pipeline(settings.pipeline)
     if isinstance(settings, GenerateSettings):
+        if not settings.generation.prompts:
+            settings.data.require()
         return
     config, data = settings.evaluation, settings.data
+    data.require()
     check_engine(config.neighbour_engine)
     for spec in _specs(settings):
         check_embedder(spec, config.preprocessing, data.cache_dir)
@@ -87,7 +91,7 @@ def evaluate(
     config, data = settings.evaluation, settings.data
     sources = {"train": load_source(data)}
     if not config.without_heldout:
-        sources["heldout"] = load_source(heldout_of(data))
+        sources["heldout"] = load_heldout(data, sources["train"])
     for name, source in sources.items():
         if len(source.sample_ids) < 2:
             raise UserError(
@@ -95,6 +99,11 @@ def evaluate(
                 f"{len(source.sample_ids)}."
             )
     cache_dir = Path(config.evaluation_cache_dir or output_dir / "cache")
+    # Before images are drawn, which may take hours: one that is missing must not be found after.
+    embedders = {
+        spec: build_embedder(spec, config.preprocessing, model.device, data.cache_dir)
+        for spec in _specs(settings)
+    }
     generations, own_G = draw(settings, model, sources["train"], cache_dir, process)
     tables = {
         name: TableImages(source, data.resolution, data.image_interpolation_mode)
@@ -102,14 +111,8 @@ def evaluate(
     }
     images = Images(generations, tables["train"], tables.get("heldout"))
     features = {
-        spec: Features(
-            build_embedder(spec, config.preprocessing, model.device, data.cache_dir),
-            images,
-            cache_dir,
-            config.embedding_batch_size,
-            process,
-        )
-        for spec in _specs(settings)
+        spec: Features(embedder, images, cache_dir, config.embedding_batch_size, process)
+        for spec, embedder in embedders.items()
     }
     if process.index:
         return None
@@ -184,28 +187,17 @@ def _specs(settings: EvaluateSettings) -> list[str]:
     return list(dict.fromkeys(specs))
 
 
-def heldout_of(data: DataConfig) -> DataConfig:
-    """Where the held-out images are, read as the training images are."""
-    changes: dict[str, Any] = dict.fromkeys(
-        ("heldout_split", "heldout_data_dir", "max_train_samples", "repeats_column")
-    )
-    if data.heldout_split:
-        changes["dataset_split"] = data.heldout_split
-    else:
-        changes |= {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
-    return replace(data, **changes)
-
-
 def _of(features: Features, found: Sequence[Measure]) -> list[Measure]:
     """The same measures, with the name of the embedder."""
     return [replace(m, embedder=features.embedder.name) for m in found]
 
 
 def _headlines(found: Sequence[Measure], embedder: str) -> list[Measure]:
-    """The same measures, those marked that come first in a report."""
+    """The same measures, those marked that come first in a report; none that needs a warning."""
     of = {"excess_score": embedder, "memorization_score": embedder}
     names = {"l2_copies", "membership_auc", "heldout_loss", "kid"}
-    return [replace(m, headline=m.name in names or of.get(m.name, "") == m.embedder) for m in found]
+    first = (m.name in names or of.get(m.name, "") == m.embedder for m in found)
+    return [replace(m, headline=f and not m.warning) for m, f in zip(found, first, strict=True)]
 
 
 def _similarity(

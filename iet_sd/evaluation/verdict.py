@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from iet_sd.evaluation.measures import Measure
 
 
+def with_minus(numbers: str) -> str:
+    """Numbers as text with the minus sign that the tables of a report have, not a hyphen."""
+    return numbers.replace("-", "\N{MINUS SIGN}")
+
+
 def in_words(measures: Sequence[Measure]) -> str:
     """Does it memorize, in the first sentence; how sure that is, and does the loss agree."""
     first = {m.name: m for m in reversed(measures)}
@@ -12,7 +17,7 @@ def in_words(measures: Sequence[Measure]) -> str:
     if "excess_score" not in first:
         return (
             "Without held-out images nothing tells copying from chance. The memorization score is "
-            f"{score.value:.3f} [{score.low:.3f}, {score.high:.3f}], by {score.embedder}."
+            f"{_shown(score, 'z.3f')}, by {score.embedder}."
         )
     excess, baseline = first["excess_score"], first["heldout_p95"].value
     if excess.low > 0:
@@ -27,13 +32,20 @@ def in_words(measures: Sequence[Measure]) -> str:
     sentences = [
         finding,
         "At the 95th percentile the similarity of generations to the nearest training image is "
-        f"{score.value:.3f}, that of held-out images {baseline:.3f}: an excess of "
-        f"{excess.value:+.3f} [{excess.low:+.3f}, {excess.high:+.3f}], by {score.embedder}.",
+        f"{with_minus(f'{score.value:z.3f}')}, that of held-out images "
+        f"{with_minus(f'{baseline:z.3f}')}: an excess of {_shown(excess, '+z.3f')}, "
+        f"by {score.embedder}.",
     ]
     if (auc := first.get("membership_auc")) is not None:
         told = "tells" if auc.low > 0.5 else "does not clearly tell"
         sentences.append(
-            f"The denoising loss {told} training images from held-out ones: AUC {auc.value:.2f} "
-            f"[{auc.low:.2f}, {auc.high:.2f}], where 0.5 is blind guessing."
+            f"The denoising loss {told} training images from held-out ones: AUC "
+            f"{_shown(auc, '.2f')}, where 0.5 is blind guessing."
         )
     return " ".join(sentences)
+
+
+def _shown(measure: Measure, digits: str) -> str:
+    """Value and interval, each in the format ``digits``."""
+    value, low, high = (format(x, digits) for x in (measure.value, measure.low, measure.high))
+    return with_minus(f"{value} [{low}, {high}]")

@@ -35,6 +35,8 @@ _AIM = (
     "The method is there to memorize less of the training images "
     "([arXiv 2502.09434](https://arxiv.org/abs/2502.09434)).\n"
 )
+_BASE = "path/to/the/base/model"
+"""What a card calls a base that is a folder of this machine, in its example."""
 _END = "<!-- iet_sd: end of evaluation -->"
 _SECTION = re.compile(f"{re.escape(EVALUATED).replace(re.escape('{}'), '.*?')}.*?{_END}", re.DOTALL)
 
@@ -106,7 +108,7 @@ All settings are in `{SETTINGS}`.
 ## Use
 
 ```python
-{_usage(lora, base, pipeline)}
+{_usage(lora, model.pretrained_model_name_or_path, pipeline)}
 ```
 """
     write_text_atomic(folder / CARD, str(ModelCard(content)))
@@ -175,6 +177,7 @@ def _advised(advice: str) -> str:
 
 
 def _usage(lora: bool, base: str, pipeline: str) -> str:
+    base = _BASE if is_local(base) else base
     source = base if lora else STAND_IN
     adapter = f'pipeline.load_lora_weights("{STAND_IN}")\n' if lora else ""
     return (

@@ -14,6 +14,7 @@ from iet_sd.errors import UserError
 from iet_sd.models.family import FAMILIES, OPTIONAL, PARTS, Family
 
 INDEX = "model_index.json"
+LORA = "pytorch_lora_weights.safetensors"
 SINGLE_FILE = (".safetensors", ".ckpt")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
@@ -80,6 +81,11 @@ def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> Non
     """
     name = config.pretrained_model_name_or_path
     if not (folder / INDEX).is_file():
+        if (folder / LORA).is_file():
+            raise UserError(
+                f"{name} is a LoRA (it holds {LORA}): give the model it was trained on, and for "
+                f"evaluation --lora_weights {name}."
+            )
         single = next((str(f) for f in sorted(folder.iterdir()) if f.suffix in SINGLE_FILE), None)
         advice = convert_hint(single) if single else "Give a folder that save_pretrained wrote."
         raise UserError(

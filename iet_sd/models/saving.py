@@ -22,11 +22,10 @@ from iet_sd.files import atomic_folder
 from iet_sd.models.adapter import ADAPTER, UNET, trained_modules
 from iet_sd.models.family import PARTS
 from iet_sd.models.kohya import write_kohya
-from iet_sd.models.layout import INDEX, locate, parts_of, read_json, weights_file
+from iet_sd.models.layout import INDEX, LORA, locate, parts_of, read_json, weights_file
 from iet_sd.models.loading import Components, scheduler_config
 from iet_sd.models.merge import TEXT_MODEL, write_folded
 
-LORA = "pytorch_lora_weights.safetensors"
 KOHYA_LORA = "pytorch_lora_weights_kohya.safetensors"
 MERGED = "merged"
 NON_EMA_LORA = "pytorch_lora_weights_non_ema.safetensors"

@@ -25,6 +25,7 @@ from benchmarks.efficacy.readings import kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 from iet_sd import arguments
 from iet_sd.config import MethodConfig
+from iet_sd.data import transforms
 from iet_sd.engine import rounds, step
 from iet_sd.engine.step import Decision, decide
 from iet_sd.evaluation.closeness import unit
@@ -304,11 +305,39 @@ def test_the_exchange_at_random_moves_as_many_and_not_the_most_skipped():
 
 @pytest.mark.parametrize("name", sorted({m.swap for m in METHODS.values() if m.swap}))
 def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
-    for module, function in ((step, "decide"), (rounds, "redistribute")):
-        monkeypatch.setattr(module, function, getattr(module, function))
-    before = step.decide, rounds.redistribute
+    swapped = ((step, "decide"), (rounds, "redistribute"), (transforms, "OPS"))
+    before = [getattr(*place) for place in swapped]
+    for place, value in zip(swapped, before, strict=True):
+        monkeypatch.setattr(*place, value)
     getattr(controls, name)()
-    assert (step.decide, rounds.redistribute) != before
+    assert sum(getattr(*p) is not b for p, b in zip(swapped, before, strict=True)) == 1
+
+
+def test_colour_operations_leave_a_white_page_white_and_a_picture_at_rest_as_it_is(monkeypatch):
+    monkeypatch.setattr(transforms, "OPS", transforms.OPS)
+    everything = dict(transforms.OPS)
+    white = Image.new("RGB", (16, 16), "white")
+    noise = Image.fromarray(np.random.default_rng(0).integers(60, 200, (16, 16, 3), dtype=np.uint8))
+
+    def marks():
+        """Operations that change a white page, or anything at strength 0."""
+        strong = {o for o in transforms.OPS if _changed(white, o, 10.0)}
+        return strong | {o for o in transforms.OPS if _changed(noise, o, 0.0)}
+
+    assert {"Solarize", "Equalize", "AutoContrast", "ShearX", "Rotate"} <= marks()
+    controls.colour_taa()
+    assert set(transforms.OPS) == {o for o in everything if o in controls.COLOUR_OPS}
+    assert marks() <= {"Brightness"}
+    augmented = [transforms.rand_augment(noise, 2, 0.0, g) for g in generators(30)]
+    assert all(each.tobytes() == noise.tobytes() for each in augmented)
+
+
+def _changed(image, operation, magnitude):
+    """Whether it does, in either direction."""
+    both = [
+        transforms.apply_op(image, operation, magnitude, negative) for negative in (False, True)
+    ]
+    return any(each.tobytes() != image.tobytes() for each in both)
 
 
 def test_a_swapped_rule_is_the_same_for_the_same_batch_and_bank(monkeypatch):
@@ -488,4 +517,4 @@ def test_the_report_of_the_tuning_seed_alone_claims_no_more(report_of):
     ]
     text = report_of(found)
     assert "A first look, one seed, the one that rates are chosen by" in text
-    assert "Against early stopping" not in text
+    assert "## 256 Fluent emoji" not in text

@@ -36,9 +36,9 @@ def curves(memory_R, quality_R=QUALITY, seeds=(0, 1, 2), noise=0.0, units=200, d
 
 def test_least_memory_is_that_of_the_way_down():
     level_L = np.array([10.0, 8.0, 6.0, 5.0, 4.0, 3.9])
-    np.testing.assert_allclose(
-        least_memory(QUALITY, MEMORY, level_L), [0, 0.5, 1, 2, 3, np.nan], equal_nan=True
-    )
+    least_L, place_L = least_memory(QUALITY, MEMORY, level_L)
+    np.testing.assert_allclose(least_L, [0, 0.5, 1, 2, 3, np.nan], equal_nan=True)
+    np.testing.assert_allclose(place_L, [0, 0.5, 1, 1.5, 2, np.nan], equal_nan=True)
 
 
 def test_least_memory_is_that_of_a_dense_search():
@@ -49,11 +49,14 @@ def test_least_memory_is_that_of_a_dense_search():
         dense = [np.interp(place, np.arange(6), each) for each in (quality, memory)]
         level_L = quality.min() + rng.random(7)
         expected = [dense[1][dense[0] <= level].min() for level in level_L]
-        np.testing.assert_allclose(least_memory(quality, memory, level_L), expected, atol=2e-3)
+        least_L, place_L = least_memory(quality, memory, level_L)
+        np.testing.assert_allclose(least_L, expected, atol=2e-3)
+        np.testing.assert_allclose(np.interp(place_L, np.arange(6), memory), least_L)
 
 
 def test_least_memory_of_a_flat_stretch():
-    assert least_memory(np.array([5.0, 5.0]), np.array([2.0, 1.0]), np.array([5.0])) == [1.0]
+    least_L, place_L = least_memory(np.array([5.0, 5.0]), np.array([2.0, 1.0]), np.array([5.0]))
+    assert (least_L, place_L) == ([1.0], [1.0])
 
 
 def test_levels_are_shares_of_the_gain_that_both_reach():
@@ -100,6 +103,19 @@ def test_no_share_is_given_of_what_is_not_above_zero():
     found = compare(curves(MEMORY - 5), curves(MEMORY - 6), resamples=50)
     assert all(level.reduction is None for level in found.levels)
     assert all(level.difference.value == pytest.approx(1) for level in found.levels)
+
+
+def test_a_reduction_is_of_all_at_most():
+    """What is below the held-out baseline is no memorization, and not less than none."""
+    top = compare(curves(MEMORY), curves(MEMORY - 20), shares=(1.0,), resamples=50).levels[0]
+    assert top.difference.value == pytest.approx(20)
+    assert top.reduction.value == 1
+
+
+def test_what_never_gets_better_than_before_training_is_not_compared():
+    worse = curves(MEMORY, quality_R=QUALITY[0] + MEMORY)
+    assert compare(curves(MEMORY), worse, resamples=20) is None
+    assert compare(worse, curves(MEMORY), resamples=20) is None
 
 
 def test_the_gap_counts_the_heldout_loss():

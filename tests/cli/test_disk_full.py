@@ -26,7 +26,14 @@ FULL = SafetensorError("Error while serializing: I/O error: No space left on dev
 
 
 @pytest.mark.parametrize(
-    "error", [FULL, OSError(errno.ENOSPC, "No space left"), OSError(errno.EDQUOT, "Quota")], ids=str
+    "error",
+    [
+        FULL,
+        OSError(errno.ENOSPC, "No space left"),
+        OSError(errno.EDQUOT, "Quota"),
+        OSError(errno.EPERM, "Not permitted"),
+    ],
+    ids=str,
 )
 def test_it_is_one_line_with_the_way_on(error, capsys):
     assert status_of(raising(error), "Make room.") == 1

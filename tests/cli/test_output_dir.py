@@ -1,12 +1,21 @@
 """What an earlier run has left in --output_dir: what is refused, what goes away, and what stays."""
 
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from iet_sd.arguments import from_layers
-from iet_sd.cli.output_dir import make_way, open_checkpoint
-from iet_sd.errors import UserError
+from iet_sd.cli import output_dir
+from iet_sd.cli.output_dir import make_way, open_checkpoint, take_output_dir
+from iet_sd.engine.stopping import Signals
+from iet_sd.errors import Stopped, UserError
 
 RUN = [
     "model_index.json",
@@ -68,6 +77,12 @@ def output(tmp_path):
     return make
 
 
+def take(config):
+    """Have the folder for a moment."""
+    with ExitStack() as at_end:
+        take_output_dir(config, at_end)
+
+
 def names(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
@@ -114,19 +129,27 @@ def test_the_result_does_not_go_where_the_inputs_are(overwrite, config, tmp_path
     monkeypatch.chdir(tmp_path)
     for name, what in {"model": "model", "./data": "training data"}.items():
         with pytest.raises(UserError, match=f"is the folder of the {what} to start from"):
-            open_checkpoint(config(output_dir=name, overwrite_output_dir=overwrite))
+            take(config(output_dir=name, overwrite_output_dir=overwrite))
     written = {"pretrained_vae_model_name_or_path": "result/vae", "output_dir": "result"}
     with pytest.raises(UserError, match="result/vae, the VAE to start from, is what a run writes"):
-        open_checkpoint(config(**written, overwrite_output_dir=overwrite))
+        take(config(**written, overwrite_output_dir=overwrite))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        open_checkpoint(config(output_dir="file", overwrite_output_dir=overwrite))
+        take(config(output_dir="file", overwrite_output_dir=overwrite))
+    assert not (tmp_path / "result").exists()
+    assert not list(tmp_path.rglob(".lock"))
 
 
-def test_a_name_on_the_hub_is_no_folder(config, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["me/cats", "me/cats/run"])
+def test_a_name_on_the_hub_does_not_become_a_folder(name, config, tmp_path, monkeypatch):
+    """It would be found instead of the model: by the load of this run, and by one that goes on."""
     monkeypatch.chdir(tmp_path)
-    settings = config(pretrained_model_name_or_path="me/cats", output_dir="me/cats")
-    assert open_checkpoint(settings) is None
+    model = {"pretrained_model_name_or_path": "me/cats"}
+    with pytest.raises(UserError, match="taken for the model to start from, me/cats on the Hub"):
+        take(config(**model, output_dir=name))
+    assert not (tmp_path / "me").exists()
+    take(config(**model, output_dir="me/dogs"))
+    assert open_checkpoint(config(**model, output_dir="me/dogs")) is None
 
 
 def test_a_link_goes_and_what_it_leads_to_stays(config, output, tmp_path):
@@ -140,10 +163,79 @@ def test_a_link_goes_and_what_it_leads_to_stays(config, output, tmp_path):
     assert names(elsewhere) == {"config.json"}
 
 
-def test_a_dry_run_asks_nothing_of_the_folder(config, output):
+def test_a_dry_run_asks_nothing_of_the_folder(config, output, tmp_path):
     output(*RUN[:3])
     settings = config()
-    assert (
-        open_checkpoint(replace(settings, training=replace(settings.training, dry_run=True)))
-        is None
+    dry = replace(settings, training=replace(settings.training, dry_run=True))
+    with ExitStack() as at_end:
+        take_output_dir(dry, at_end)
+        assert names(tmp_path / "output") == set(RUN[:3])
+    assert open_checkpoint(dry) is None
+
+
+# As a run does it, and without the seconds that its imports take.
+HOLDING = """
+import os, sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    with open(sys.argv[1], "w") as file:
+        file.write(str(os.getpid()))
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other(output):
+    """Another process that has the output folder."""
+    lock = output("notes.txt") / ".lock"
+    run = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(lock)], stdout=subprocess.PIPE, text=True
     )
+    assert run.stdout.readline() == "ready\n"
+    yield run
+    run.kill()
+    run.communicate()
+
+
+def test_two_runs_in_one_folder(other, config, tmp_path, monkeypatch, caplog):
+    """The second waits, says who has it, and gets it even if the first was killed."""
+    caplog.set_level("INFO", "iet_sd")
+    monkeypatch.setattr(output_dir, "_PATIENCE", 0.3)
+    for _ in range(2):  # it is still known after one has tried
+        with pytest.raises(UserError, match=rf"in use by another run \(process {other.pid}\)"):
+            take(config())
+    assert "waiting for another run" in caplog.text
+    take(config(output_dir=str(tmp_path / "elsewhere")))
+    monkeypatch.setattr(output_dir, "_PATIENCE", 10)
+    threading.Timer(0.3, other.kill).start()
+    began = time.monotonic()
+    take(config())
+    assert 0.2 < time.monotonic() - began < 5
+    assert names(tmp_path / "output") == {"notes.txt"}
+
+
+def test_a_wait_for_another_run_ends_by_a_signal(other, config):
+    threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    with Signals(), pytest.raises(Stopped):
+        take(config())
+
+
+def test_what_a_run_takes_is_as_before_when_it_ends(config, output):
+    folder = output("notes.txt")
+    with ExitStack() as at_end:
+        take_output_dir(config(), at_end)
+        assert names(folder) == {"notes.txt", ".lock"}
+        assert (folder / ".lock").read_text() == str(os.getpid())
+        make_way(config(overwrite_output_dir=True))
+        assert names(folder) == {"notes.txt", ".lock"}
+    assert names(folder) == {"notes.txt"}
+
+
+def test_a_disk_without_locks_is_said_and_used(config, monkeypatch, caplog):
+    def none(*_, **__):
+        raise NotImplementedError("flock is not there")
+
+    monkeypatch.setattr(output_dir.FileLock, "acquire", none)
+    take(config())
+    assert "on a disk without locks (flock is not there)" in caplog.text

@@ -83,13 +83,13 @@ def killed(argv, monkeypatch, owner, name, call):
 
 
 def test_training_images_held_out_are_refused_before_an_earlier_run_goes(
-    probed, images, tmp_path, capsys
+    probed, heldout, tmp_path, capsys
 ):
     earlier = tmp_path / "output" / "metrics.jsonl"
     earlier.parent.mkdir()
     earlier.write_text("")
-    assert train(probed(heldout_data_dir=images, overwrite_output_dir="")) == 2
-    assert "16 of 16 held-out images are training images too" in capsys.readouterr().err
+    assert train(probed(train_data_dir=heldout, overwrite_output_dir="")) == 2
+    assert "30 of 30 held-out images are training images too" in capsys.readouterr().err
     assert earlier.exists()
 
 

@@ -3,16 +3,18 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from iet_sd import reporting
 from iet_sd.cli import train as module
+from iet_sd.cli.common import status_of
 from iet_sd.cli.train import train
 from iet_sd.engine.rounds import Trainer
 from iet_sd.models import loading
-from tests.launching import Launched
+from tests.launching import ROOT, Launched
 
 SAVED = "What was done is saved: go on with --resume_from_checkpoint latest."
 
@@ -48,6 +50,37 @@ def test_a_signal_is_one_line_and_its_status(place, name, number, said, argv, mo
     monkeypatch.undo()
     if SAVED in said:
         assert train(argv(resume_from_checkpoint="latest")) == 0
+
+
+def test_a_second_ctrl_c_is_one_line_too(argv, tmp_path, monkeypatch, capsys):
+    twice = told_to_stop(told_to_stop(Trainer._step, signal.SIGINT), signal.SIGINT)
+    monkeypatch.setattr(Trainer, "_step", twice)
+    assert train(argv()) == 128 + signal.SIGINT
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "Stopped by SIGINT at once."
+    assert "Traceback" not in printed.err + printed.out
+    assert not list((tmp_path / "output").rglob("*partial*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP of another kind shows other things")
+def test_threads_that_wait_leave_the_cores_to_others():
+    """Said before torch is loaded, as OpenMP itself tells."""
+    program = (
+        "import importlib\nfrom iet_sd.cli import main, train\n"
+        "from iet_sd.cli.common import status_of\n"
+        "status_of(lambda: importlib.import_module('torch'), '')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"
+    run = [sys.executable, "-c", program]
+    said = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True).stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in said
+
+
+def test_how_threads_wait_is_the_user_s_choice(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert status_of(lambda: None, "") == 0
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 def test_no_checkpoint_no_promise(argv, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from iet_sd.evaluation.ratio import l2_ratio
 from iet_sd.evaluation.run import _headlines
 from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate
+from iet_sd.evaluation.verdict import in_words
 
 RNG = np.random.default_rng(0)
 G, H = 120, 80
@@ -78,6 +79,20 @@ def test_ratios_of_few_training_images_warn(train, warns):
     assert found[0].name == "l2_copies"
     assert {m.warning is not None for m in found} == {warns}
     assert not warns or "49" in found[0].warning
+
+
+def test_the_verdict_has_the_minus_sign_of_the_tables():
+    score, excess = Estimate(0.5, 0.4, 0.6), Estimate(-0.1, -0.2, -0.00001)
+    found = [
+        replace(measure("Copying", name, value), embedder="sscd-x")
+        for name, value in (
+            ("memorization_score", score),
+            ("excess_score", excess),
+            ("heldout_p95", 0.6),
+        )
+    ]
+    said = in_words(found)
+    assert "an excess of −0.100 [−0.200, +0.000], by sscd-x." in said
 
 
 def test_what_warns_is_no_headline():

@@ -262,6 +262,13 @@ def test_names_that_are_no_model(name, message):
         check(name)
 
 
+def test_a_lora_is_not_taken_for_a_model(tmp_path):
+    (tmp_path / "pytorch_lora_weights.safetensors").touch()
+    advice = f"is a LoRA .*the model it was trained on, .*evaluation --lora_weights {tmp_path}"
+    with pytest.raises(UserError, match=advice):
+        check(tmp_path)
+
+
 def test_a_single_file_and_a_folder_of_one_come_with_the_way_to_convert(tmp_path):
     file = tmp_path / "model.ckpt"
     file.write_bytes(b"")
