@@ -1,0 +1,201 @@
+"""Memorization at equal quality: functions of arrays, and intervals over prompts and seeds.
+
+A curve is what a run goes through: quality and memorization at each reading, lower is better in
+both (held-out loss, KID). Early stopping can have any point of it, so a curve is read as a
+frontier: the least memorization at a quality of at most a level. Levels are shares of the gain,
+from the model before training to the best quality that both curves reach: 1 is that, 0 no training.
+
+Letters in shapes: S seeds, R readings, P prompts, H held-out images, L levels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from iet_sd.evaluation.statistics import NO_REDUCTION, Estimate, bootstrap
+
+LEVELS = (0.8, 0.9, 0.95, 1.0)
+_HAIR = 1e-9
+"""By which rounding may put the best quality above its own level."""
+_AREA = np.linspace(0.5, 1.0, 26)
+"""Levels whose mean is the area between two curves."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A method's runs, one a seed; all see the same prompts and held-out images."""
+
+    seeds: tuple[int, ...]
+    quality_SRH: np.ndarray
+    """Held-out loss of each image; or KID, of each prompt."""
+    memory_SRP: np.ndarray
+    """What is a sign of memorization where it is high."""
+    against_heldout: bool = False
+    """Memorization is ``memory`` over the quality: with minus the training loss, the gap."""
+    by_prompt: bool = False
+    """Quality is of the prompts, and drawn with them."""
+
+    def of(self, seeds: Sequence[int]) -> "Curves":
+        """The runs of some seeds, in their order."""
+        rows = [self.seeds.index(seed) for seed in seeds]
+        return replace(
+            self,
+            seeds=tuple(seeds),
+            quality_SRH=self.quality_SRH[rows],
+            memory_SRP=self.memory_SRP[rows],
+        )
+
+    def means(
+        self, seeds: np.ndarray | slice, prompts: np.ndarray | slice, heldout: np.ndarray | slice
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Quality and memorization at each reading (R,), over some of each."""
+        images = prompts if self.by_prompt else heldout
+        quality_R = self.quality_SRH[seeds][:, :, images].mean(axis=(0, 2))
+        memory_R = self.memory_SRP[seeds][:, :, prompts].mean(axis=(0, 2))
+        return quality_R, memory_R + quality_R if self.against_heldout else memory_R
+
+    @property
+    def mean(self) -> tuple[np.ndarray, np.ndarray]:
+        """Over all."""
+        return self.means(slice(None), slice(None), slice(None))
+
+
+@dataclass(frozen=True)
+class Level:
+    """Two methods at one quality."""
+
+    share: float
+    """Of the gain."""
+    quality: float
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    """How much less the second memorizes."""
+    reduction: Estimate | None
+    """The same as a share of the first, all of it at most; None where the first is not surely
+    above 0."""
+    places: tuple[float, float]
+    """Where on its curve each is there, in readings."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two methods at equal quality."""
+
+    seeds: tuple[int, ...]
+    """That both have; of one seed, the intervals are over prompts and images alone."""
+    levels: tuple[Level, ...]
+    area: Estimate
+    """The difference, as a mean over levels from half of the gain to all of it."""
+
+
+def least_memory(
+    quality_R: np.ndarray, memory_R: np.ndarray, level_L: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The least memorization of a curve where its quality is at most a level, and where: (L,) each.
+
+    Readings are joined by straight lines; a place of 1.5 is half way from reading 1 to reading 2.
+    NaN for a level below the best quality.
+    """
+    start_R, end_R = quality_R[:-1, None], quality_R[1:, None]
+    from_R, to_R = memory_R[:-1, None], memory_R[1:, None]
+    step_R = np.where(end_R == start_R, np.inf, end_R - start_R)
+    # Where on its way, from 0 to 1, a line passes the level.
+    crossing = np.clip((level_L - start_R) / step_R, 0, 1)
+    passed = from_R + crossing * (to_R - from_R)
+    crosses = (np.minimum(start_R, end_R) <= level_L) & (level_L <= np.maximum(start_R, end_R))
+    candidates = np.concatenate(
+        [
+            np.where(quality_R[:, None] <= level_L, memory_R[:, None], np.inf),
+            np.where(crosses, passed, np.inf),
+        ]
+    )
+    reading_R = np.arange(len(quality_R))[:, None]
+    places = np.concatenate([reading_R + 0 * level_L, reading_R[:-1] + crossing])
+    best_L = candidates.argmin(axis=0)[None]
+    least_L, place_L = (np.take_along_axis(x, best_L, axis=0)[0] for x in (candidates, places))
+    found_L = np.isfinite(least_L)
+    return np.where(found_L, least_L, np.nan), np.where(found_L, place_L, np.nan)
+
+
+def common_levels(
+    first_R: np.ndarray, second_R: np.ndarray, shares_L: Sequence[float] | np.ndarray
+) -> np.ndarray:
+    """Qualities at shares of the gain that both curves reach: (L,).
+
+    Both start at the same one, that of the model before training.
+    """
+    best = max(first_R.min(), second_R.min())
+    return first_R[0] - np.asarray(shares_L) * (first_R[0] - best)
+
+
+def compare(
+    first: Curves,
+    second: Curves,
+    shares: Sequence[float] = LEVELS,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Comparison | None:
+    """How much less the second memorizes at equal quality, by the seeds that both have.
+
+    None if one of them is never better than the model before training.
+
+    Intervals: prompts, held-out images and seeds are drawn anew, the same for both methods; the
+    levels follow from what is drawn.
+    """
+    seeds = tuple(s for s in first.seeds if s in second.seeds)
+    first, second = first.of(seeds), second.of(seeds)
+    shares_L = np.array([*shares, *_AREA])
+    means = first.mean, second.mean
+    if any(quality_R.argmin() == 0 for quality_R, _ in means):
+        return None
+
+    def statistic(*drawn: np.ndarray) -> np.ndarray:
+        # `bootstrap` draws floats.
+        prompts, heldout, *rows = (index.astype(int) for index in drawn)
+        chosen = rows[0] if rows else slice(None), prompts, heldout
+        curves = [each.means(*chosen) for each in (first, second)]
+        level_L = common_levels(curves[0][0], curves[1][0], shares_L)
+        a_L, b_L = (least_memory(*curve, level_L + _HAIR)[0] for curve in curves)
+        left_L = np.maximum(b_L, 0) / np.where(a_L > 0, a_L, 1)
+        reduction_L = np.where(a_L > 0, 1 - left_L, NO_REDUCTION)
+        count, difference_L = len(shares), a_L - b_L
+        parts = [x[:count] for x in (a_L, b_L, difference_L, reduction_L)]
+        return np.concatenate([*parts, [difference_L[count:].mean()]])
+
+    units = [np.arange(first.memory_SRP.shape[2]), np.arange(first.quality_SRH.shape[2])]
+    if len(seeds) > 1:
+        units.append(np.arange(len(seeds)))
+    *found, area = bootstrap(statistic, *units, resamples=resamples, seed=seed)
+    level_L = common_levels(means[0][0], means[1][0], shares)
+    place_2L = [least_memory(*curve, level_L + _HAIR)[1] for curve in means]
+    count = len(shares)
+    levels = []
+    for i, share in enumerate(shares):
+        a, b, difference, reduction = found[i::count]
+        sure = a.low > 0 and reduction.low > NO_REDUCTION
+        levels.append(
+            Level(
+                share,
+                float(level_L[i]),
+                a,
+                b,
+                difference,
+                reduction if sure else None,
+                (float(place_2L[0][i]), float(place_2L[1][i])),
+            )
+        )
+    return Comparison(seeds, tuple(levels), area)
+
+
+def best_reading(quality_R: np.ndarray) -> int:
+    """The reading of the best quality after training began."""
+    return 1 + int(quality_R[1:].argmin())
+
+
+def verdict(difference: Estimate) -> str:
+    """In a word, of how much less a method memorizes."""
+    if difference.low > 0:
+        return "less"
+    return "more" if difference.high < 0 else "no difference shown"

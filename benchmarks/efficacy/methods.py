@@ -1,0 +1,82 @@
+"""The methods that are compared, as data: a name, flags of ``train_iet_sd.py``, and a swap.
+
+``swap`` names a function of `benchmarks.efficacy.controls` that replaces a part of the training
+loop inside the cell's process.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train."""
+
+    text: str
+    """For the report."""
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    num_shards: int = 4
+    tuned_as: str = "iet"
+    """The method whose tuning says the learning rate."""
+    swap: str | None = None
+
+
+_OFF = {"agc": False, "taa": False, "msr": False}
+_AGC = _OFF | {"agc": True}
+_AGC_TAA = _AGC | {"taa": True}
+_ALL = _AGC_TAA | {"msr": True}
+_PLAIN, _PLUS = {"num_shards": 1, "tuned_as": "plain"}, {"tuned_as": "iet_agc_plus"}
+
+METHODS: dict[str, Method] = {
+    "plain": Method("plain fine-tuning; its curve is early stopping", _OFF, **_PLAIN),
+    "weight_decay": Method(
+        "plain, weight decay 1 instead of 0.01", _OFF | {"adam_weight_decay": 1.0}, **_PLAIN
+    ),
+    "ema": Method("plain, moving average of the weights", _OFF | {"use_ema": True}, **_PLAIN),
+    "agc": Method("AGC alone, one model", _AGC, **_PLAIN),
+    "agc_taa": Method("AGC and TAA, one model", _AGC_TAA, **_PLAIN),
+    "iet": Method("IET alone: shards, averaged", _OFF),
+    "iet_agc": Method("IET-AGC: shards and skipping", _AGC),
+    "iet_agc_msr": Method("IET-AGC with MSR, no TAA", _AGC | {"msr": True}),
+    "iet_agc_taa": Method("IET-AGC with TAA, no MSR", _AGC_TAA, **_PLUS),
+    "iet_agc_plus": Method("IET-AGC+, preset corrected", _ALL, **_PLUS),
+    "iet_agc_plus_paper": Method("IET-AGC+, preset paper", _ALL | {"preset": "paper"}, **_PLUS),
+    "iet_agc_plus_outer": Method(
+        "IET-AGC+ with outer momentum 0.5", _ALL | {"outer_momentum": 0.5}, **_PLUS
+    ),
+    "iet_agc_plus_colour": Method(
+        "IET-AGC+, augmenting by colour operations alone, which leave no marks",
+        _ALL,
+        swap="colour_taa",
+        **_PLUS,
+    ),
+    # Controls: the side effect without the rule.
+    "random_skip": Method(
+        "IET, skipping as many of a batch as AGC would, at random", _AGC, swap="random_skip"
+    ),
+    "agc_random_skip": Method(
+        "one model, skipping as many of a batch as AGC would, at random",
+        _AGC,
+        swap="random_skip",
+        **_PLAIN,
+    ),
+    "random_exchange": Method(
+        "IET-AGC+, moving as many samples as MSR would, at random",
+        _ALL,
+        swap="random_exchange",
+        **_PLUS,
+    ),
+    "shuffled_taa": Method(
+        "AGC and TAA, one model, strengths dealt out at random within a batch",
+        _AGC_TAA,
+        swap="shuffled_taa",
+        **_PLAIN,
+    ),
+    "constant_taa": Method(
+        "AGC, and every kept sample augmented at TAA's mean strength, one model",
+        _AGC_TAA,
+        swap="constant_taa",
+        **_PLAIN,
+    ),
+}

@@ -1,0 +1,328 @@
+"""RESULTS.md and its pictures, from the results alone."""
+
+import io
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from benchmarks.efficacy import results as files
+from benchmarks.efficacy.analysis import best_reading, compare, verdict
+from benchmarks.efficacy.chart import Line, draw_lines, gallery
+from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.protocol import ROOT, Protocol
+from benchmarks.efficacy.results import Result
+from benchmarks.efficacy.settings import SETTINGS
+from benchmarks.efficacy.study import DEFAULT_RATE, MAIN, RATES, SEEDS, STUDIES, TUNING_SEED, Cell
+from benchmarks.efficacy.study import cells as cells_of
+from benchmarks.efficacy.tables import (
+    HEADLINE,
+    MEASURES,
+    NUMBERS,
+    TITLES,
+    Seeds,
+    as_table,
+    at_place,
+    comparison_table,
+    copies_table,
+    curves_of,
+    interval,
+    readings_table,
+    scalar,
+)
+
+Methods = dict[str, Seeds]
+Results = Mapping[Cell, Result]
+PICTURES = "pictures"
+COMPARED = (
+    *((measure, "heldout_loss") for measure in ("excess", "excess_edges", "own", "gap")),
+    *((measure, "kid_edges") for measure in ("excess", "own")),
+    ("excess", "kid_pixels"),
+)
+"""Measures, and at equal what."""
+_PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
+
+
+def write(results: Path, output: Path, protocol: Protocol) -> Path:
+    """Write RESULTS.md and the pictures into ``output``."""
+    known = files.read_all(results, protocol)
+    pictures = output / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
+    for old in pictures.glob("*.png"):
+        old.unlink()
+    parts = [_head(known, protocol)]
+    for setting, mode in _places(known):
+        methods = by_method(known, setting, mode)
+        if "plain" in methods:
+            parts.append(_section(setting, mode, methods, pictures))
+    parts.append(_tuning(known, pictures))
+    parts.append(_left(known, protocol))
+    path = output / "RESULTS.md"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def rate_of(known: Results, mode: str, method: str) -> float:
+    """The tuned rate, or the default until it is known."""
+    return files.tuned_rate(known, mode, method) or DEFAULT_RATE[mode, method]
+
+
+def by_method(known: Results, setting: str, mode: str) -> Methods:
+    """Of the cells that the studies ask for at the rates known now: runs by label, then seed."""
+    wanted = {
+        cell: None
+        for study in STUDIES
+        for cell in cells_of(study, lambda m, method: rate_of(known, m, method))
+        if (cell.setting, cell.train_mode) == (setting, mode) and cell.seed in SEEDS
+    }
+    found: dict[str, dict[int, Result]] = defaultdict(dict)
+    for cell in wanted:
+        if cell in known:
+            found[cell.label][cell.seed] = known[cell]
+    order = {name: number for number, name in enumerate(METHODS)}
+    return dict(sorted(found.items(), key=lambda item: (order[item[0].split(",")[0]], item[0])))
+
+
+def _places(known: Results) -> list[tuple[str, str]]:
+    there = {(c.setting, c.train_mode) for c in known if c.seed in SEEDS}
+    return [(s, m) for s in SETTINGS for m in ("full", "lora") if (s, m) in there]
+
+
+def _head(known: Results, p: Protocol) -> str:
+    took = sum(_train_seconds(r) + _read_seconds(r) for r in known.values())
+    between = p.updates // p.rounds * p.aggregate_every
+    return f"""# Does it memorize less at equal quality?
+
+Written by `python -m benchmarks.efficacy report` from the {len(known)} results in `results/`,
+{took / 3600:.1f} hours in all on cores that were shared. **n** is the number of training seeds
+behind a row: with n = 1 an interval is over prompts and images alone, and says nothing of how runs
+differ; with 2 or 3 it is still somewhat too narrow.
+
+Each run fine-tunes `{p.model}` on {p.images} images at {p.resolution} px for {p.updates} updates
+of {p.batch_size} samples, all proxies together, at a constant rate after {p.warmup} updates of a
+proxy, so that each reading within a run is what a shorter run would have given: **plain's own curve
+is early stopping**. There is a reading every {between} updates: {p.prompts} captions of training
+images are drawn ({p.inference_steps} steps, guidance {p.guidance_scale:g}), and losses taken of as
+many training and held-out images; prompts, images and noise are the same in all runs. No two
+images are near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
+`x updates`.
+
+- **excess**: similarity to the nearest training image, less that of held-out images; p95 is the
+  paper's score. **own image**: share of pictures whose nearest training image is that of their own
+  caption. **l2 copies**: the rule of Carlini et al. **loss gap**: held-out less training loss.
+  **AUC**: of membership by loss.
+- **equal quality**: at the same held-out loss. Levels are shares of the gain from the model before
+  training to the best loss that both methods reach; at each, the least memorization that a curve
+  has there. A method memorizes *less* or *more* where the 95 % interval leaves out 0; of twenty
+  such intervals one leaves it out by chance.
+- Rates are chosen by the lowest held-out loss on seed {TUNING_SEED}, which no table uses but those
+  of the rates.
+"""
+
+
+def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
+    plain = methods["plain"]
+    others = {label: runs for label, runs in methods.items() if label != "plain"}
+    paired = {label: runs for label, runs in others.items() if set(runs) & set(plain)}
+    weights = {"full": "all weights", "lora": "LoRA"}[mode]
+    name = f"{setting}-{mode}"
+    parts = [f"## {SETTINGS[setting]}, {weights}\n", _does_plain(plain)]
+    parts.append(_in_words(plain, paired))
+    main = {label: runs for label, runs in methods.items() if label in MAIN}
+    rest = {"plain": plain} | {k: v for k, v in others.items() if k not in MAIN}
+    for part, chosen in (("", main), ("-parts", rest)):
+        if len(chosen) > 1 or not part:
+            parts += [_picture(f"{name}{part}", chosen, m, pictures, q) for m, q in _PLOTTED]
+    parts += _compared(plain, paired, "###")
+    parts.append("### At the end of training: equal updates, not equal quality\n")
+    parts.append(readings_table(methods, lambda loss_R: len(loss_R) - 1, base=True))
+    if setting == "duplicated":
+        parts.append("### Images shown once, and those shown often, at the end of training\n")
+        parts.append(copies_table(methods))
+    parts.append("### At each method's lowest held-out loss\n")
+    parts.append(readings_table(methods, best_reading))
+    parts.append(_gallery(setting, mode, main, pictures))
+    return "\n".join(parts)
+
+
+def _does_plain(plain: Seeds) -> str:
+    own, copies, auc = (scalar(plain, n) for n in ("own", "copies", "auc"))
+    best = best_reading(scalar(plain, "heldout_loss"))
+    return (
+        f"Plain fine-tuning, n = {len(plain)}: the nearest training image is the caption's own for "
+        f"{own[0]:.0%} of pictures before training, {own[best]:.0%} at the lowest held-out loss "
+        f"({scalar(plain, 'updates')[best]:.0f} updates) and {own[-1]:.0%} at the end; l2 copies "
+        f"{copies[0]:.0%}, {copies[best]:.0%}, {copies[-1]:.0%}; membership AUC {auc[0]:.2f}, "
+        f"{auc[best]:.2f}, {auc[-1]:.2f}.\n"
+    )
+
+
+def _in_words(plain: Seeds, methods: Methods) -> str:
+    """A sentence a method, unflattering ones too."""
+    lines = []
+    for label, runs in methods.items():
+        comparison = compare(curves_of(plain, "excess"), curves_of(runs, "excess"))
+        if comparison is None:
+            lines.append(f"- **{label}** (n = {len(runs)}): never better than before training.")
+            continue
+        level = comparison.levels[HEADLINE]
+        share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
+        pair = zip((plain, runs), level.places, strict=True)
+        kids = [at_place(each, place, "kid_edges") for each, place in pair]
+        lines.append(
+            f"- **{label}** (n = {len(comparison.seeds)}): {verdict(level.difference)}. Excess "
+            f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
+            f"held-out loss {level.quality:.4f}; less by {interval(level.difference, '{:+.3f}')}"
+            f"{share}. KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}."
+        )
+    if not lines:
+        return "Nothing to compare with plain yet.\n"
+    before = scalar(plain, "kid_edges")[0]
+    return (
+        "Against early stopping, at 95 % of the gain in held-out loss that both reach. Pictures "
+        "that are spoilt resemble no training image either: less is a gain only where KID is no "
+        f"worse (before training: {before:.3f}).\n\n" + "\n".join(lines) + "\n"
+    )
+
+
+def _compared(plain: Seeds, methods: Methods, level: str) -> list[str]:
+    """Tables of all measures at equal quality, each with a title of some level."""
+    parts = []
+    for measure, quality in COMPARED if methods else ():
+        found = {
+            label: compare(*(curves_of(each, measure, quality) for each in (plain, runs)))
+            for label, runs in methods.items()
+        }
+        other = "heldout_loss" if quality == "kid_edges" else "kid_edges"
+        parts.append(f"{level} At equal {TITLES[quality]}: {MEASURES[measure].title}\n")
+        parts.append(comparison_table(plain, methods, found, quality, other))
+    return parts
+
+
+def _picture(
+    name: str, methods: Methods, measure: str, pictures: Path, quality: str = "heldout_loss"
+) -> str:
+    lines = [
+        Line(f"{label} (n = {len(runs)})", scalar(runs, measure), scalar(runs, quality))
+        for label, runs in methods.items()
+    ]
+    title, other = MEASURES[measure].title, TITLES[quality]
+    image = draw_lines(
+        lines,
+        f"{title[0].upper()}{title[1:]} and {other}: {name}",
+        f"{title}, further left is better",
+        f"{other[0].upper()}{other[1:]}, lower is better",
+        "hollow: before training · a dot a reading, in the order of training · means over seeds",
+    )
+    path = f"{name}-{measure}-{quality}.png"
+    image.save(pictures / path)
+    return f"![{title} against {other}]({PICTURES}/{path})\n"
+
+
+def _gallery(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
+    """The first prompts, drawn by each method at its lowest held-out loss and at the end."""
+    first = next(iter(methods["plain"].values()))
+    rows = [("before training", _pictures(first, 0))]
+    if setting != "twemoji":  # which are not shipped
+        rows.insert(0, ("training image", _training_images(first, len(rows[0][1]))))
+    for label, runs in methods.items():
+        if 0 not in runs:
+            continue
+        best = best_reading(scalar({0: runs[0]}, "heldout_loss"))
+        for when, at in (("lowest held-out loss", best), ("end", len(runs[0].rows) - 1)):
+            updates = runs[0].rows[at]["updates"]
+            rows.append((f"{label}\n{when}, {updates} updates", _pictures(runs[0], at)))
+    sheet = gallery(rows, first.about["prompts"][: len(rows[-1][1])])
+    sheet.save(pictures / f"{setting}-{mode}-gallery.png")
+    return (
+        "The first prompts, seed 0:\n\n"
+        f"![Pictures of each method]({PICTURES}/{setting}-{mode}-gallery.png)\n"
+    )
+
+
+def _training_images(result: Result, count: int) -> list[Image.Image]:
+    """Of the first prompts, from ``demo/data``."""
+    table = pq.read_table(ROOT / "demo" / "data" / "train-00000-of-00001.parquet")
+    names, images = table["sample_id"].to_pylist(), table["image"]
+    rows = [names.index(name) for name in result.about["prompt_ids"][:count]]
+    return [Image.open(io.BytesIO(images[row].as_py()["bytes"])).convert("RGB") for row in rows]
+
+
+def _pictures(result: Result, at: int) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(each)).convert("RGB") for each in result.rows[at]["pictures"]]
+
+
+def _tuning(known: Results, pictures: Path) -> str:
+    """Rates, and what the tuning seed shows."""
+    parts = [f"## Learning rates (seed {TUNING_SEED})\n"]
+    for mode in ("full", "lora"):
+        rows = [["tuned", "rate", "lowest held-out loss", "after updates", "chosen"], ["---"] * 5]
+        methods: Methods = {}
+        for (of, method), rates in RATES.items():
+            for rate in rates if of == mode else ():
+                cell = Cell("fluent", mode, method, rate, TUNING_SEED, METHODS[method].num_shards)
+                if cell not in known:
+                    continue
+                runs = {TUNING_SEED: known[cell]}
+                loss_R = scalar(runs, "heldout_loss")
+                best = best_reading(loss_R)
+                chosen = files.tuned_rate(known, mode, method) == rate
+                updates = f"{scalar(runs, 'updates')[best]:.0f}"
+                word = "yes" if chosen else ""
+                rows.append([method, f"{rate:g}", f"{loss_R[best]:.4f}", updates, word])
+                methods[f"{method} {rate:g}"] = runs
+        if methods:
+            parts += [f"### {mode}\n", as_table(rows)]
+            parts += [_picture(f"tuning-{mode}", methods, m, pictures, q) for m, q in _PLOTTED]
+            parts.append(_tuning_comparison(known, mode, methods))
+            parts += ["At the end of training:\n"]
+            parts += [readings_table(methods, lambda loss_R: len(loss_R) - 1, base=True)]
+    return "\n".join(parts) if len(parts) > 1 else ""
+
+
+def _tuning_comparison(known: Results, mode: str, methods: Methods) -> str:
+    """At equal held-out loss against plain's best rate so far: a first look, of one seed."""
+    plain = {label: runs for label, runs in methods.items() if label.startswith("plain ")}
+    if not plain or len(plain) == len(methods):
+        return ""
+    best = min(plain, key=lambda label: scalar(plain[label], "heldout_loss")[1:].min())
+    others = {label: runs for label, runs in methods.items() if label != best}
+    text = f"A first look, one seed, the one that rates are chosen by: against {best}.\n"
+    return "\n".join(
+        [text, _in_words(plain[best], others), *_compared(plain[best], others, "####")]
+    )
+
+
+def _left(known: Results, protocol: Protocol) -> str:
+    """What is missing, and how long it takes by what was measured."""
+    found = known.values()
+    train = np.mean([_train_seconds(r) / r.cell.times for r in found]) if known else np.nan
+    read = np.mean([_read_seconds(r) for r in found]) if known else np.nan
+    rows = [["study", "cells", "done", "hours of a core left"], ["---"] * 4]
+    for study in STUDIES:
+        wanted = cells_of(study, lambda mode, method: rate_of(known, mode, method))
+        left = [cell for cell in wanted if cell not in known]
+        hours = sum(train * cell.times + read for cell in left) / 3600
+        done = str(len(wanted) - len(left))
+        rows.append([f"`{study}`", str(len(wanted)), done, f"{hours:.1f}"])
+    return (
+        "## What is left\n\n"
+        f"A cell took {train:.0f} s to train and {read:.0f} s to read, on average, on cores that "
+        "were shared. `python -m benchmarks.efficacy run --study NAME` goes on; `--list` names the "
+        f"cells.\n\n{as_table(rows)}"
+    )
+
+
+def _train_seconds(result: Result) -> float:
+    return float(result.rows[-1]["train_seconds"])
+
+
+def _read_seconds(result: Result) -> float:
+    """Without that before training, which all cells of a setting share."""
+    return float(sum(result.column("read_seconds")[1:]))
+
+
+assert set(MEASURES) <= set(NUMBERS)

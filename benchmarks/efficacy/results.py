@@ -1,0 +1,132 @@
+"""A cell's result: one parquet file, a row a reading, and what was run in its metadata."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.efficacy.protocol import Protocol
+from benchmarks.efficacy.study import RATES, TUNING_SEED, Cell
+from iet_sd.files import atomic_file
+
+COUNTS = (
+    *("steps", "updates", "scored", "skipped", "trained", "augmented", "dropped"),
+    *("forward", "backward", "encoded"),
+)
+SHOWN_SEED = 0
+"""Of the runs whose pictures are kept."""
+_ABOUT = b"efficacy"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a cell measured; R readings, the first before training."""
+
+    cell: Cell
+    protocol: dict[str, Any]
+    about: dict[str, Any]
+    """prompts, prompt_ids, copies of each prompt's image, heldout_similarity, flags, versions."""
+    rows: list[dict[str, Any]]
+
+    def column(self, name: str) -> np.ndarray:
+        """(R,), or (R, P) for what there is of each prompt or image."""
+        return np.array([row[name] for row in self.rows])
+
+
+def write(
+    cell: Cell,
+    protocol: Protocol,
+    flags: Mapping[str, Any],
+    copies: Mapping[str, int],
+    folder: Path,
+    results: Path,
+) -> Path:
+    """Write what a finished run left in ``folder``; the file appears whole."""
+    about = json.loads((folder / "readings" / "about.json").read_text())
+    about["copies"] = [copies[name] for name in about["prompt_ids"]]
+    about["flags"] = {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()}
+    about["versions"] = {name: version(name) for name in ("torch", "diffusers", "numpy")}
+    lines = [json.loads(line) for line in (folder / "output/metrics.jsonl").open()]
+    readings = {
+        int(path.stem.removeprefix("round-")): json.loads(path.read_text())
+        for path in (folder / "readings").glob("round-*.json")
+    }
+    rows = rows_of(lines, readings)
+    if cell.seed != SHOWN_SEED:
+        rows = [row | {"pictures": []} for row in rows]
+    columns = {name: pa.array([_stored(row[name]) for row in rows]) for name in rows[0]}
+    table = pa.table({name: _small(column) for name, column in columns.items()})
+    content = {"cell": cell.as_dict(), "protocol": protocol.as_dict(), "about": about}
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(content).encode()})
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / f"{cell.name}.parquet"
+    with atomic_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    return path
+
+
+def rows_of(
+    lines: list[dict[str, Any]], readings: Mapping[int, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """A row a reading: its numbers, and the counts of all rounds up to it."""
+    rounds = [line for line in lines if line["kind"] == "round"]
+    rows = []
+    for number in sorted(readings):
+        done = [line for line in rounds if line["round"] <= number]
+        total = {name: sum(line[name] for line in done) for name in COUNTS}
+        strength = sum(line["mean_strength"] * line["augmented"] for line in done)
+        rows.append(
+            {
+                "round": number,
+                **total,
+                "moved": sum(sum(line["moved"]) for line in done),
+                "strength_sum": float(strength),
+                "train_seconds": float(sum(line["seconds"] for line in done)),
+                **readings[number],
+            }
+        )
+    return rows
+
+
+def read(path: Path) -> Result:
+    """What `write` wrote."""
+    table = pq.read_table(path)
+    content = json.loads(table.schema.metadata[_ABOUT])
+    return Result(
+        Cell.from_dict(content["cell"]), content["protocol"], content["about"], table.to_pylist()
+    )
+
+
+def read_all(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
+    """The results of one protocol, by cell."""
+    found = [read(path) for path in sorted(folder.glob("*.parquet"))]
+    return {r.cell: r for r in found if r.protocol == protocol.as_dict()}
+
+
+def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float | None:
+    """The rate of the lowest held-out loss at any reading on the tuning seed; None if not known."""
+    lowest = {
+        cell.learning_rate: float(result.column("heldout_loss").mean(axis=1)[1:].min())
+        for cell, result in results.items()
+        if (cell.train_mode, cell.method, cell.seed) == (mode, method, TUNING_SEED)
+    }
+    complete = set(RATES[mode, method]) <= set(lowest)
+    return min(lowest, key=lambda rate: lowest[rate]) if complete else None
+
+
+def _stored(value: Any) -> Any:
+    """Pictures travel as text in JSON."""
+    is_pictures = isinstance(value, list) and value and isinstance(value[0], str)
+    return [bytes.fromhex(text) for text in value] if is_pictures else value
+
+
+def _small(column: pa.Array) -> pa.Array:
+    """Lists of numbers as float32."""
+    is_list = pa.types.is_list(column.type) and pa.types.is_floating(column.type.value_type)
+    return column.cast(pa.list_(pa.float32())) if is_list else column
