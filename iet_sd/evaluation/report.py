@@ -87,7 +87,10 @@ def write_report(
     report = _plain({"schema_version": SCHEMA_VERSION, **report})
     pairs = sorted(_plain(pairs), key=lambda pair: -pair["similarity"])
     gallery = _gallery(pairs[:shown], generated, train)
-    pages = {"report": _page(report, gallery, len(pairs)), "report_public": _page(report, None, 0)}
+    pages = {
+        "report": _page(report, gallery, len(pairs)),
+        "report_public": _page(report, None, len(pairs)),
+    }
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_folder(folder) as staging:
         (staging / "report.json").write_text(text + "\n", encoding="utf-8")

@@ -392,7 +392,7 @@ def test_a_dry_run_makes_no_repository(hub, argv):
 
 
 def test_an_evaluation_goes_into_the_card_and_with_it_to_the_hub(
-    hub, argv, images, pipelines, tmp_path, capsys
+    hub, argv, images, heldout, pipelines, tmp_path
 ):
     folder = tmp_path / "result"
     shutil.copytree(pipelines["sd1"], folder)
@@ -401,7 +401,7 @@ def test_an_evaluation_goes_into_the_card_and_with_it_to_the_hub(
     settings = {
         "pretrained_model_name_or_path": folder,
         "train_data_dir": images,
-        "heldout_data_dir": images,
+        "heldout_data_dir": heldout,
         "resolution": 32,
         "num_inference_steps": 1,
         "num_prompts": 4,
@@ -429,6 +429,7 @@ def test_an_evaluation_goes_into_the_card_and_with_it_to_the_hub(
     # Neither training images nor captions, which are not to leak by what says whether they do.
     page = arrived["evaluation/report_public.html"]
     assert b"left out of this copy" in page
+    assert b"4 generations of 4 prompts" in page
     assert not [leak for leak in (b"data:image", b"a cat or dog") if leak in page]
     assert b"a cat or dog" in (folder / "evaluation" / "report.html").read_bytes()
 
