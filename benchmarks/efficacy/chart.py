@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH, _HEIGHT, _SCALE = 860, 560, 2
-_LEFT, _TOP, _RIGHT, _BOTTOM = 84, 96, 230, 64
+_WIDTH, _HEIGHT, _SCALE = 960, 560, 2
+_LEFT, _TOP, _RIGHT, _BOTTOM = 84, 96, 330, 64
 _INK, _PALE, _GRID = "#1f2933", "#7b8794", "#e6eaee"
 COLORS = (
     *("#1f2933", "#d1495b", "#2f6f9f", "#3a9d5d", "#e08e0b", "#7b52ab", "#12a5a5", "#a0522d"),

@@ -11,6 +11,7 @@ from PIL import Image
 
 from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import best_reading, compare, verdict
+from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.protocol import ROOT, Protocol
@@ -81,9 +82,14 @@ def by_method(known: Results, setting: str, mode: str) -> Methods:
     found: dict[str, dict[int, Result]] = defaultdict(dict)
     for cell in wanted:
         if cell in known:
-            found[cell.label][cell.seed] = known[cell]
+            found[cell.label + _age(known[cell])][cell.seed] = known[cell]
     order = {name: number for number, name in enumerate(METHODS)}
     return dict(sorted(found.items(), key=lambda item: (order[item[0].split(",")[0]], item[0])))
+
+
+def _age(result: Result) -> str:
+    """What is added to a label where a cell has been run by other settings than today's."""
+    return "" if files.is_current(result) else ", to be run again"
 
 
 def _places(known: Results) -> list[tuple[str, str]]:
@@ -93,6 +99,7 @@ def _places(known: Results) -> list[tuple[str, str]]:
 
 def _head(known: Results, p: Protocol) -> str:
     took = sum(_train_seconds(r) + _read_seconds(r) for r in known.values())
+    early = p.updates // p.rounds // FINER
     between = p.updates // p.rounds * p.aggregate_every
     return f"""# Does it memorize less at equal quality?
 
@@ -104,11 +111,11 @@ differ; with 2 or 3 it is still somewhat too narrow.
 Each run fine-tunes `{p.model}` on {p.images} images at {p.resolution} px for {p.updates} updates
 of {p.batch_size} samples, all proxies together, at a constant rate after {p.warmup} updates of a
 proxy, so that each reading within a run is what a shorter run would have given: **plain's own curve
-is early stopping**. There is a reading every {between} updates: {p.prompts} captions of training
-images are drawn ({p.inference_steps} steps, guidance {p.guidance_scale:g}), and losses taken of as
-many training and held-out images; prompts, images and noise are the same in all runs. No two
-images are near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
-`x updates`.
+is early stopping**. There is a reading every {between} updates, of one model also after {early}
+and {2 * early}, as most of the gain comes early: {p.prompts} captions of training images are drawn
+({p.inference_steps} steps, guidance {p.guidance_scale:g}), and losses taken of as many training and
+held-out images; prompts, images and noise are the same in all runs. No two images are
+near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says `x updates`.
 
 - **excess**: similarity to the nearest training image, less that of held-out images; p95 is the
   paper's score. **own image**: share of pictures whose nearest training image is that of their own
@@ -119,7 +126,7 @@ images are near-duplicates. With K shards a proxy has 1/K of the updates, unless
   has there. A method memorizes *less* or *more* where the 95 % interval leaves out 0; of twenty
   such intervals one leaves it out by chance.
 - Rates are chosen by the lowest held-out loss on seed {TUNING_SEED}, which no table uses but those
-  of the rates.
+  of the rates. A row *to be run again* is of a run whose settings have changed since.
 """
 
 
@@ -172,8 +179,11 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
         share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
         pair = zip((plain, runs), level.places, strict=True)
         kids = [at_place(each, place, "kid_edges") for each, place in pair]
+        word = verdict(level.difference)
+        if word == "less" and kids[1] > kids[0]:
+            word = "less, with worse pictures"
         lines.append(
-            f"- **{label}** (n = {len(comparison.seeds)}): {verdict(level.difference)}. Excess "
+            f"- **{label}** (n = {len(comparison.seeds)}): {word}. Excess "
             f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
             f"held-out loss {level.quality:.4f}; less by {interval(level.difference, '{:+.3f}')}"
             f"{share}. KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}."
@@ -273,7 +283,7 @@ def _tuning(known: Results, pictures: Path) -> str:
                 updates = f"{scalar(runs, 'updates')[best]:.0f}"
                 word = "yes" if chosen else ""
                 rows.append([method, f"{rate:g}", f"{loss_R[best]:.4f}", updates, word])
-                methods[f"{method} {rate:g}"] = runs
+                methods[f"{method} {rate:g}{_age(known[cell])}"] = runs
         if methods:
             parts += [f"### {mode}\n", as_table(rows)]
             parts += [_picture(f"tuning-{mode}", methods, m, pictures, q) for m, q in _PLOTTED]
@@ -304,7 +314,7 @@ def _left(known: Results, protocol: Protocol) -> str:
     rows = [["study", "cells", "done", "hours of a core left"], ["---"] * 4]
     for study in STUDIES:
         wanted = cells_of(study, lambda mode, method: rate_of(known, mode, method))
-        left = [cell for cell in wanted if cell not in known]
+        left = [c for c in wanted if c not in known or not files.is_current(known[c])]
         hours = sum(train * cell.times + read for cell in left) / 3600
         done = str(len(wanted) - len(left))
         rows.append([f"`{study}`", str(len(wanted)), done, f"{hours:.1f}"])

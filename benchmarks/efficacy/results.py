@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.efficacy.cell import flags_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.study import RATES, TUNING_SEED, Cell
 from iet_sd.files import atomic_file
@@ -50,7 +51,7 @@ def write(
     """Write what a finished run left in ``folder``; the file appears whole."""
     about = json.loads((folder / "readings" / "about.json").read_text())
     about["copies"] = [copies[name] for name in about["prompt_ids"]]
-    about["flags"] = {k: list(v) if isinstance(v, tuple) else v for k, v in flags.items()}
+    about["flags"] = {name: _as_json(value) for name, value in flags.items()}
     about["versions"] = {name: version(name) for name in ("torch", "diffusers", "numpy")}
     lines = [json.loads(line) for line in (folder / "output/metrics.jsonl").open()]
     readings = {
@@ -109,6 +110,12 @@ def read_all(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
     return {r.cell: r for r in found if r.protocol == protocol.as_dict()}
 
 
+def is_current(result: Result) -> bool:
+    """Whether the cell would be run by the same settings today; else it is to be run again."""
+    flags = flags_of(result.cell, Protocol(**result.protocol))
+    return all(result.about["flags"].get(name) == _as_json(flags[name]) for name in flags)
+
+
 def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float | None:
     """The rate of the lowest held-out loss at any reading on the tuning seed; None if not known."""
     lowest = {
@@ -118,6 +125,10 @@ def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float 
     }
     complete = set(RATES[mode, method]) <= set(lowest)
     return min(lowest, key=lambda rate: lowest[rate]) if complete else None
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _stored(value: Any) -> Any:

@@ -24,8 +24,9 @@ _TELL = 12
 
 
 def missing(study: str, protocol: Protocol, results: Path) -> list[Cell]:
-    """The cells that have no result, by what is known of learning rates now."""
-    known = files.read_all(results, protocol)
+    """The cells that have no result of today's settings, by what is known of rates now."""
+    there = files.read_all(results, protocol)
+    known = {cell: result for cell, result in there.items() if files.is_current(result)}
 
     def rate(mode: str, method: str) -> float:
         return files.tuned_rate(known, mode, method) or DEFAULT_RATE[mode, method]

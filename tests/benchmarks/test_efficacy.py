@@ -19,7 +19,7 @@ from benchmarks.efficacy import controls, report, results, runner, settings, stu
 from benchmarks.efficacy.cell import argv_of, flags_of
 from benchmarks.efficacy.edges import edges
 from benchmarks.efficacy.encoding import encode_each_once
-from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.methods import METHODS, Method
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.readings import kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
@@ -146,6 +146,8 @@ def test_a_run_does_what_is_missing_and_no_more(duplicated, protocol, monkeypatc
     assert runner.run("two", protocol, work, folder) == 0
     assert begun == cells[1:]
     plain = results.read_all(folder, protocol)[cells[1]]
+    # One model is read more often at first.
+    assert plain.column("updates").tolist() == [0, 2, 4, 8, 16]
     # Before training all are one, and it is measured once.
     assert plain.rows[0]["heldout_loss"] == result.rows[0]["heldout_loss"]
     assert plain.rows[0]["read_seconds"] == result.rows[0]["read_seconds"]
@@ -154,7 +156,9 @@ def test_a_run_does_what_is_missing_and_no_more(duplicated, protocol, monkeypatc
     assert (len(result.rows[0]["pictures"]), plain.rows[0]["pictures"]) == (protocol.shown, [])
     assert runner.run("two", protocol, work, folder) == 0
     assert len(begun) == 1
-    # Results of another protocol do not count.
+    # Results of other settings than today's, or of another protocol, do not count.
+    monkeypatch.setitem(METHODS, "plain", Method("plain", {**METHODS["plain"].flags, "rank": 5}, 1))
+    assert runner.missing("two", protocol, folder) == cells[1:]
     assert runner.missing("two", replace(protocol, guidance_scale=3.0), folder) == cells
 
 
@@ -197,7 +201,7 @@ def test_every_cell_of_a_study_is_one_that_the_command_line_takes(name):
         protocol = Protocol()
         folders = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
         config = arguments.load(argv_of(folders | flags_of(cell, protocol)))
-        total = config.method.steps_per_round * protocol.rounds * cell.num_shards
+        total = config.method.steps_per_round * config.method.num_rounds * cell.num_shards
         assert total == protocol.updates * cell.times
 
 
@@ -459,9 +463,17 @@ def planted(protocol, method, seed, shards, factor, setting="fluent"):
         "prompts": [f"prompt {p}" for p in range(P)],
         "prompt_ids": ["1f600"] * P,
         "copies": [10] * 5 + [1] * 15,
+        "flags": json.loads(json.dumps(flags_of(cell, Protocol()))),
         "heldout_similarity": {"pixels": [0.5] * 8, "edges": [0.5] * 8},
     }
     return results.Result(cell, protocol.as_dict(), about, rows)
+
+
+def spoilt(result):
+    """The same with pictures that look like nothing."""
+    for row in result.rows:
+        row["kid_edges"] = [value + 0.1 for value in row["kid_edges"]]
+    return result
 
 
 @pytest.fixture
@@ -483,19 +495,29 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_p
             *(planted(protocol, "plain", seed, 1, 1.0) for seed in (0, 1)),
             *(planted(protocol, "iet", seed, 4, 0.5) for seed in (0, 1)),
             planted(protocol, "agc", 0, 1, 1.5),
+            spoilt(planted(protocol, "ema", 0, 1, 0.5)),
             planted(protocol, "plain", TUNING_SEED, 1, 1.0),
             planted(protocol, "iet", TUNING_SEED, 4, 0.5),
         ]
     )
     assert re.search(r"\*\*iet\*\* \(n = 2\): less\. .*50% \[\d+%, \d+%\] of it", text)
     assert re.search(r"\*\*agc\*\* \(n = 1\): more\.", text)
+    assert re.search(r"\*\*ema\*\* \(n = 1\): less, with worse pictures\.", text)
     assert "the caption's own for 0% of pictures before training, 10% at the lowest" in text
     for name in re.findall(r"\]\((pictures/.+?)\)", text):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 60
     # Cells and hours that are left.
     wanted = len(study.cells("first", lambda mode, method: DEFAULT_RATE[mode, method]))
-    assert f"| `first` | {wanted} | 7 |" in text
+    assert f"| `first` | {wanted} | 8 |" in text
+
+
+def test_the_report_marks_what_is_to_be_run_again(report_of):
+    found = [planted(Protocol(), "plain", 0, 1, 1.0), planted(Protocol(), "iet", 0, 4, 0.5)]
+    found[1].about["flags"]["num_rounds"] = 3
+    text = report_of(found)
+    assert "| iet, to be run again | 1 |" in text
+    assert re.search(r"\| `first` \| \d+ \| 1 \|", text)
 
 
 def test_the_report_tells_duplicated_images_apart(report_of):
