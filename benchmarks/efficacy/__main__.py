@@ -1,6 +1,7 @@
 """``python -m benchmarks.efficacy run`` and ``report``; see `benchmarks.efficacy`."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -40,6 +41,8 @@ def main() -> int:
     if args.list:
         print(*(cell.name for cell in runner.missing(args.study, Protocol(), results)), sep="\n")
         return 0
+    # As Ctrl-C, so that the cells under way are told too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     return runner.run(args.study, Protocol(), work_dir, results, args.workers, args.minutes)
 
 

@@ -76,14 +76,12 @@ def run(
 ) -> int:
     """Run what is missing; the number of cells that failed.
 
-    After ``minutes`` what is under way is told to stop; it goes on from its checkpoint next time.
+    After ``minutes``, or by a Ctrl-C, what is under way is told to stop; it goes on from its checkpoint next time.
     """
     end = time.monotonic() + 60 * minutes if minutes else None
     running: list[Running] = []
     failed: set[Cell] = set()
     elsewhere: set[Cell] = set()
-    # As Ctrl-C, so that the cells under way are told too.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while not end or time.monotonic() < end:
             for each in [r for r in running if r.process.poll() is not None]:
