@@ -76,7 +76,8 @@ def run(
 ) -> int:
     """Run what is missing; the number of cells that failed.
 
-    After ``minutes``, or by a Ctrl-C, what is under way is told to stop; it goes on from its checkpoint next time.
+    After ``minutes``, or by a Ctrl-C, what is under way is told to stop; it goes on from its
+    checkpoint next time.
     """
     end = time.monotonic() + 60 * minutes if minutes else None
     running: list[Running] = []
