@@ -1,12 +1,14 @@
 """Line charts by Pillow: curves of one study in one frame, a dot a reading."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-_WIDTH, _HEIGHT, _SCALE = 960, 560, 2
+from iet_sd.evaluation.drawing import Axis, Sheet
+
+_WIDTH, _HEIGHT = 960, 560
+_ROOM = 0.06  # beyond the dots, a share of their range
 _LEFT, _TOP, _RIGHT, _BOTTOM = 84, 96, 330, 64
 _INK, _PALE, _GRID = "#1f2933", "#7b8794", "#e6eaee"
 COLORS = (
@@ -29,10 +31,10 @@ def draw_lines(
     lines: Sequence[Line], title: str, x_title: str, y_title: str, note: str = ""
 ) -> Image.Image:
     """Curves whose points are joined in order; the first point, common to all, is hollow."""
-    sheet = _Sheet()
+    sheet = Sheet(_WIDTH, _HEIGHT)
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    across = _Axis.over([x for line in lines for x in line.x_R], _LEFT, right)
-    up = _Axis.over([y for line in lines for y in line.y_R], bottom, _TOP)
+    across = Axis.over([x for line in lines for x in line.x_R], _LEFT, right, _ROOM)
+    up = Axis.over([y for line in lines for y in line.y_R], bottom, _TOP, _ROOM)
     for value, text in across.ticks():
         x = across.place(value)
         sheet.line([(x, _TOP), (x, bottom)], _GRID, 1)
@@ -90,59 +92,3 @@ def _wrapped(text: str, letters: int) -> str:
             lines.append("")
         lines[-1] = f"{lines[-1]} {word}".strip()[:letters]
     return "\n".join(lines[:2])
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """From ``low`` to ``high``, at pixels ``start`` to ``end``."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float) -> "_Axis":
-        """With room at both ends."""
-        low, high = min(values), max(values)
-        room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        return cls(low - room, high + room, start, end)
-
-    def place(self, value: float) -> float:
-        """The pixel of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """About five round values, with their texts."""
-        raw = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [(n * step, f"{n * step:.{digits}f}") for n in range(first, last + 1)]
-
-
-class _Sheet:
-    """Draws in pixels of the finished picture, larger first, for smooth lines."""
-
-    def __init__(self) -> None:
-        self._image = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
-        self._draw = ImageDraw.Draw(self._image)
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        self._draw.line(scaled, fill=color, width=round(width * _SCALE), joint="curve")
-
-    def dot(self, at: tuple[float, float], radius: float, color: str, hollow: bool) -> None:
-        (x, y), r = at, radius
-        box = [side * _SCALE for side in (x - r, y - r, x + r, y + r)]
-        fill = "white" if hollow else color
-        self._draw.ellipse(box, fill=fill, outline=color, width=2 * _SCALE)
-
-    def text(self, at: tuple[float, float], text: str, color: str, size: int, anchor: str) -> None:
-        font = ImageFont.load_default(size * _SCALE)
-        place = at[0] * _SCALE, at[1] * _SCALE
-        self._draw.text(place, text, fill=color, font=font, anchor=anchor)
-
-    def finished(self) -> Image.Image:
-        return self._image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from iet_sd.evaluation.drawing import Axis, Sheet
 from iet_sd.evaluation.frontier import Recommendation
 from iet_sd.evaluation.probe import Reading
 
 _WIDTH, _HEIGHT = 960, 640
 _LEFT, _TOP, _RIGHT, _BOTTOM = 84, 112, 32, 72
-_SCALE = 2  # drawn so much larger, then made smaller: smooth lines
+_ROOM = 0.12  # beyond the dots, a share of their range
 _INK, _PALE, _BAND, _GRID = "#1f2933", "#7b8794", "#cbd2d9", "#eceff2"
 _ROUND, _OUT, _BEST = "#2f6f9f", "#a9c6dc", "#d1495b"
 _RADIUS = 7
@@ -27,11 +27,10 @@ def draw_frontier(
     has its interval; held-out loss has none, as the rounds share images and noise, so that an
     interval of one says little of how they differ.
     """
-    image = Image.new("RGB", (_WIDTH * _SCALE, _HEIGHT * _SCALE), "white")
-    sheet = _Sheet(ImageDraw.Draw(image))
+    sheet = Sheet(_WIDTH, _HEIGHT)
     excess = [x for r in readings for x in (r.excess_score.low, r.excess_score.high)]
-    across = _Axis.over(excess, _LEFT, _WIDTH - _RIGHT)
-    up = _Axis.over([r.heldout_loss.value for r in readings], _HEIGHT - _BOTTOM, _TOP)
+    across = Axis.over(excess, _LEFT, _WIDTH - _RIGHT, _ROOM)
+    up = Axis.over([r.heldout_loss.value for r in readings], _HEIGHT - _BOTTOM, _TOP, _ROOM)
     _draw_frame(sheet, across, up, embedder)
     dots = {
         r.round: (across.place(r.excess_score.value), up.place(r.heldout_loss.value))
@@ -49,10 +48,10 @@ def draw_frontier(
     if best is not None:
         sheet.ring(dots[best], 2 * _RADIUS, _BEST)
     _draw_numbers(sheet, dots, best)
-    return image.resize((_WIDTH, _HEIGHT), Image.Resampling.LANCZOS)
+    return sheet.finished()
 
 
-def _draw_frame(sheet: "_Sheet", across: "_Axis", up: "_Axis", embedder: str) -> None:
+def _draw_frame(sheet: Sheet, across: Axis, up: Axis, embedder: str) -> None:
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
     for value, text in across.ticks():
         x = across.place(value)
@@ -79,7 +78,7 @@ def _draw_frame(sheet: "_Sheet", across: "_Axis", up: "_Axis", embedder: str) ->
     _draw_arrow(sheet, (_LEFT + 10, bottom - 10))
 
 
-def _draw_arrow(sheet: "_Sheet", tip: tuple[float, float]) -> None:
+def _draw_arrow(sheet: Sheet, tip: tuple[float, float]) -> None:
     """What is better lies down left."""
     x, y = tip
     for end in ((x + 18, y - 18), (x + 8, y), (x, y - 8)):
@@ -87,7 +86,7 @@ def _draw_arrow(sheet: "_Sheet", tip: tuple[float, float]) -> None:
     sheet.text((x + 22, y - 10), "better", _PALE, 14, "ls")
 
 
-def _draw_numbers(sheet: "_Sheet", dots: dict[int, tuple[float, float]], best: int | None) -> None:
+def _draw_numbers(sheet: Sheet, dots: dict[int, tuple[float, float]], best: int | None) -> None:
     """The number of each round beside its dot, where there is room."""
     places = list(dots.values())
     taken = [*places, *(spot for a, b in pairwise(places) for spot in (_near(a, b), _near(b, a)))]
@@ -107,61 +106,3 @@ def _near(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]
     """Where the line to ``b`` passes the number of ``a``."""
     share = min(1.0, 2.4 * _RADIUS / max(math.dist(a, b), 1e-9))
     return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])
-
-
-@dataclass(frozen=True)
-class _Axis:
-    """From ``low`` to ``high``, at pixels ``start`` to ``end``."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float) -> "_Axis":
-        """With room at both ends."""
-        low, high = min(values), max(values)
-        room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
-        return cls(low - room, high + room, start, end)
-
-    def place(self, value: float) -> float:
-        """The pixel of a value."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self) -> list[tuple[float, str]]:
-        """About five round values, with their texts."""
-        raw = (self.high - self.low) / 5
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = power * next(m for m in (1, 2, 5, 10) if m * power >= raw)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
-        first, last = math.ceil(self.low / step), math.floor(self.high / step)
-        return [(n * step, f"{n * step:.{digits}f}") for n in range(first, last + 1)]
-
-
-class _Sheet:
-    """Draws in pixels of the finished picture."""
-
-    def __init__(self, draw: ImageDraw.ImageDraw) -> None:
-        self._draw = draw
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
-        scaled = [(x * _SCALE, y * _SCALE) for x, y in points]
-        self._draw.line(scaled, fill=color, width=round(width * _SCALE), joint="curve")
-
-    def dot(self, at: tuple[float, float], radius: float, color: str, hollow: bool) -> None:
-        fill = "white" if hollow else color
-        self._draw.ellipse(_box(at, radius), fill=fill, outline=color, width=2 * _SCALE)
-
-    def ring(self, at: tuple[float, float], radius: float, color: str) -> None:
-        self._draw.ellipse(_box(at, radius), outline=color, width=2 * _SCALE)
-
-    def text(self, at: tuple[float, float], text: str, color: str, size: int, anchor: str) -> None:
-        font = ImageFont.load_default(size * _SCALE)
-        place = at[0] * _SCALE, at[1] * _SCALE
-        self._draw.text(place, text, fill=color, font=font, anchor=anchor)
-
-
-def _box(at: tuple[float, float], radius: float) -> list[float]:
-    (x, y), r = at, radius
-    return [side * _SCALE for side in (x - r, y - r, x + r, y + r)]

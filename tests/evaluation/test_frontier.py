@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from iet_sd.evaluation import picture
+from iet_sd.evaluation.drawing import Axis
 from iet_sd.evaluation.frontier import candidates, recommend
 from iet_sd.evaluation.picture import draw_frontier
 from iet_sd.evaluation.probe import Reading
@@ -155,8 +156,8 @@ def test_the_picture_shows_each_round_where_it_is():
     assert image.size == (960, 640)
     best, _ = spots(image, picture._BEST)
     other, _ = spots(image, picture._OUT)
-    across = picture._Axis.over([-0.12, 0.32], picture._LEFT, 960 - picture._RIGHT)
-    up = picture._Axis.over([0.1, 0.2], 640 - picture._BOTTOM, picture._TOP)
+    across = Axis.over([-0.12, 0.32], picture._LEFT, 960 - picture._RIGHT, picture._ROOM)
+    up = Axis.over([0.1, 0.2], 640 - picture._BOTTOM, picture._TOP, picture._ROOM)
     assert best == pytest.approx((across.place(0.1), up.place(0.1)), abs=3)
     # Round 1, and the outline of round 0.
     assert across.place(-0.1) < other[0] < across.place(0.3)
@@ -180,6 +181,6 @@ def test_a_picture_of_rounds_that_do_not_differ(same):
     ],
 )
 def test_ticks_are_round_and_have_their_digits(low, high, texts):
-    ticks = picture._Axis(low, high, 0, 100).ticks()
+    ticks = Axis(low, high, 0, 100).ticks()
     assert [text for _, text in ticks] == texts
     assert [value for value, _ in ticks] == pytest.approx([float(text) for text in texts])
