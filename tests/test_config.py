@@ -15,6 +15,7 @@ from iet_sd.config import Config, EvaluateSettings
 from iet_sd.config.hub import SECRETS
 from iet_sd.errors import UserError
 from iet_sd.presets import METHODS, PRESETS
+from tests.diffusers_flags import FULL, LORA
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -22,54 +23,21 @@ NEEDED = {"pretrained_model_name_or_path": "some/model", "train_data_dir": "pict
 FLAGS = [part for key, value in NEEDED.items() for part in (f"--{key}", value)]
 FIELDS = {f.name: f for cls in Config.sections().values() for f in dataclasses.fields(cls)}
 
-# Defaults of diffusers' train_text_to_image.py, and below the line of its LoRA script and the
-# `add_adapter` call in it. Not here: what we name otherwise since we count rounds.
+# Those of ours that have their names and defaults, and the targets of the LoRA script's adapter.
+# Not here: what must be given, has another default, or is written nowhere.
 DIFFUSERS = {
-    "revision": None,
-    "variant": None,
-    "dataset_name": None,
-    "dataset_config_name": None,
-    "image_column": "image",
-    "caption_column": "text",
-    "max_train_samples": None,
-    "validation_prompts": None,
-    "output_dir": "sd-model-finetuned",
-    "cache_dir": None,
-    "seed": None,
-    "resolution": 512,
-    "center_crop": False,
-    "random_flip": False,
-    "train_batch_size": 16,
-    "num_train_epochs": 100,
-    "max_train_steps": None,
-    "gradient_accumulation_steps": 1,
-    "gradient_checkpointing": False,
-    "learning_rate": 1e-4,
-    "scale_lr": False,
-    "lr_scheduler": "constant",
-    "lr_warmup_steps": 500,
-    "snr_gamma": None,
-    "allow_tf32": False,
-    "dataloader_num_workers": 0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "adam_weight_decay": 1e-2,
-    "adam_epsilon": 1e-8,
-    "max_grad_norm": 1.0,
-    "push_to_hub": False,
-    "hub_model_id": None,
-    "prediction_type": None,
-    "logging_dir": "logs",
-    "mixed_precision": None,
-    "report_to": "tensorboard",
-    "checkpoints_total_limit": None,
-    "resume_from_checkpoint": None,
-    "enable_xformers_memory_efficient_attention": False,
-    "noise_offset": 0,
-    "image_interpolation_mode": "lanczos",
-    # LoRA
-    "num_validation_images": 4,
-    "rank": 4,
+    **{
+        name: default
+        for name, default in FULL.items()
+        if name
+        not in {
+            "pretrained_model_name_or_path",
+            "train_data_dir",
+            "tracker_project_name",
+            "hub_token",
+        }
+    },
+    **{name: LORA[name] for name in ("num_validation_images", "rank")},
     "lora_target_modules": ["to_k", "to_q", "to_v", "to_out.0"],
 }
 
