@@ -196,7 +196,7 @@ def test_a_documented_command_trains(name, pipelines, images, argv, tmp_path):
         "pretrained_model_name_or_path": pipelines["sd1"],
         "cache_dir": tmp_path / "cache",
         "resolution": 32,
-        "max_train_steps": 4,
+        "max_train_steps": 8,  # two a proxy: after one, an average is the weights themselves
         "num_rounds": 1,
         "output_dir": output,
         "report_to": "tensorboard",
@@ -208,7 +208,7 @@ def test_a_documented_command_trains(name, pipelines, images, argv, tmp_path):
     small[place] = images
     assert train([*given, *(str(w) for k, v in small.items() for w in (f"--{k}", v))]) == 0
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert sum(line["updates"] for line in lines if line["kind"] == "round") == 4
+    assert sum(line["updates"] for line in lines if line["kind"] == "round") == 8
     pipeline = StableDiffusionPipeline.from_pretrained(
         pipelines["sd1"] if name == "LoRA" else output
     )
