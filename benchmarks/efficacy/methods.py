@@ -22,9 +22,12 @@ class Method:
     swap: str | None = None
 
 
+BEFORE = {"score_pass": "train", "taa_min_batch": 0.0}
+"""What was done before there were flags for it: older results are of the same settings."""
+
 _OFF = {"agc": False, "taa": False, "msr": False}
-_AGC = _OFF | {"agc": True}
-_AGC_TAA = _AGC | {"taa": True}
+_AGC = _OFF | {"agc": True, "score_pass": BEFORE["score_pass"]}
+_AGC_TAA = _AGC | {"taa": True, "taa_min_batch": BEFORE["taa_min_batch"]}
 _ALL = _AGC_TAA | {"msr": True}
 _PLAIN, _PLUS = {"num_shards": 1, "tuned_as": "plain"}, {"tuned_as": "iet_agc_plus"}
 

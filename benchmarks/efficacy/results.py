@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.efficacy.cell import flags_of
+from benchmarks.efficacy.methods import BEFORE
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.study import RATES, TUNING_SEED, Cell
 from iet_sd.files import atomic_file
@@ -113,7 +114,8 @@ def read_all(folder: Path, protocol: Protocol) -> dict[Cell, Result]:
 def is_current(result: Result) -> bool:
     """Whether the cell would be run by the same settings today; else it is to be run again."""
     flags = flags_of(result.cell, Protocol(**result.protocol))
-    return all(result.about["flags"].get(name) == _as_json(flags[name]) for name in flags)
+    then = {**BEFORE, **result.about["flags"]}
+    return all(then.get(name) == _as_json(flags[name]) for name in flags)
 
 
 def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float | None:

@@ -53,10 +53,12 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
+    from iet_sd.engine.caching import why_not
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
     from iet_sd.models.finding import check_model
+    from iet_sd.models.speed import check_compile
 
     hide_from_trackers(config.hub.hub_token)
     output_dir = Path(config.training.output_dir)
@@ -73,6 +75,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
     )
     plan.check_processes(config, accelerator.num_processes)
+    check_compile(config.model, accelerator.device)
     processes = accelerator.process_index, accelerator.num_processes
     from_main(lambda: take_output_dir(config, at_end), *processes)
     found = from_main(lambda: open_checkpoint(config), *processes)
@@ -94,6 +97,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         heldout = _load_heldout(config, source)
     for name, reason in source.excluded:
         logger.warning("left out %s: %s", name, reason)
+    why_not(config, source)
     method = config.method
     shard_of_N = split(source.groups, method.num_shards, seed, method.shard_split)
     visits = source.visits_per_epoch(shard_of_N, config.training.train_batch_size)
@@ -128,8 +132,8 @@ def _run(
     import torch
 
     from iet_sd.cli.output_dir import goes_on_here, make_way
-    from iet_sd.data.dataset import TrainingImages
     from iet_sd.engine import plan
+    from iet_sd.engine.caching import cached_images
     from iet_sd.engine.checkpointer import Checkpointer
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
@@ -140,6 +144,7 @@ def _run(
     from iet_sd.models.attention import enable_attention
     from iet_sd.models.fingerprint import fingerprint
     from iet_sd.models.loading import load_components, prediction_type
+    from iet_sd.models.speed import place
     from iet_sd.probing import Prober
     from iet_sd.reporting import Reporter
     from iet_sd.seeding import seed_for
@@ -150,8 +155,13 @@ def _run(
     components = load_components(config.model, dtype, config.data.cache_dir)
     components.latent_size(config.data.resolution)
     parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
-    for part in (components.vae, *components.text_encoders, components.unet):
-        part.to(device)
+    visits = steps * config.method.num_rounds * config.method.num_shards
+    visits *= training.samples_per_update
+    processes = accelerator.process_index, accelerator.num_processes
+    # Before the UNet takes its room on the device.
+    components.device = device
+    dataset = cached_images(config, source, components, visits, *processes)
+    place(components, config.model, device)
     backend = config.model.attention_backend
     attention = enable_attention(components.unet, backend, device, dtype)
     if training.allow_tf32:
@@ -180,14 +190,13 @@ def _run(
             training.input_perturbation,
             training.dream,
         ),
-        dataset=TrainingImages(source, components.tokenize, config.data),
+        dataset=dataset,
         parameters=parameters,
         lora_pairs=lora_pairs(parameters),
         device=device,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    processes = accelerator.process_index, accelerator.num_processes
     files = components.folder, components.variant, components.vae_folder
     model = from_main(lambda: fingerprint(*files), *processes)
     shared = identity(config, steps, model, source.fingerprint())

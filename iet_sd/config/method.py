@@ -54,6 +54,12 @@ class MethodConfig:
     empty_batch: Literal["skip", "step"] = "skip"
     """A batch with nothing to train: no update, or (AGC without TAA) an optimizer step with zero
     gradient."""
+    score_pass: Literal["auto", "train", "separate"] = "auto"
+    """How samples that are not augmented are trained. train: by a backward pass of all that were
+    scored. separate: in a second pass of the kept ones. auto: whichever is less work for the batch
+    at hand. Dropout of LoRA is drawn anew in a second pass."""
+    refill_skipped: bool = False
+    """Score up to 4 batches for each that is trained, until it is full of kept samples."""
     taa: bool = True
     """Train samples near the threshold on an augmented image (TAA)."""
     taa_sharpness: float = 5.0
@@ -70,6 +76,9 @@ class MethodConfig:
     """Draw a new timestep for the augmented image (the noise is always new)."""
     taa_leftovers: Literal["train", "drop"] = "train"
     """Train all kept samples, or wait for a full batch of them and drop what exceeds it."""
+    taa_min_batch: float = 0.5
+    """Augmented images wait, at most to the end of the round, until they fill this share of a
+    batch. Not with --score_pass separate, where they join the others. 0: none waits."""
     msr: bool = True
     """Move the most skipped samples to the next shard (MSR)."""
     msr_every: int = 2
@@ -85,7 +94,7 @@ class MethodConfig:
         positive(self, "num_shards", "num_rounds", "bank_bins", "aggregate_every", "msr_every")
         positive(self, "taa_num_ops", "steps_per_round", "outer_learning_rate")
         not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
-        not_negative(self, "msr_min_skips")
+        not_negative(self, "msr_min_skips", "taa_min_batch")
         below_one(self, "bank_decay", "msr_fraction", "outer_momentum")
         if self.taa_magnitude > 30:
             raise UserError(
@@ -98,6 +107,25 @@ class MethodConfig:
             raise UserError(
                 "--method none is plain fine-tuning: one shard, no AGC, TAA or MSR. For shards "
                 "alone use --method iet, with skipping --method iet_agc."
+            )
+        if self.taa_min_batch > 1:
+            raise UserError(
+                f"--taa_min_batch is a share of a batch, at most 1; got {self.taa_min_batch}."
+            )
+        if not self.agc and (self.score_pass == "separate" or self.refill_skipped):
+            raise UserError(
+                "--score_pass separate and --refill_skipped need --agc: without it no sample is "
+                "skipped, and one pass scores and trains. Switch AGC on, or leave them out."
+            )
+        if self.refill_skipped and self.score_pass == "train":
+            raise UserError(
+                "--refill_skipped scores batches apart from training, and --score_pass train "
+                "trains in the same pass. Use --score_pass separate or auto."
+            )
+        if self.refill_skipped and self.taa and self.taa_leftovers == "drop":
+            raise UserError(
+                "--refill_skipped fills every batch with kept samples, and --taa_leftovers drop "
+                "(preset paper) throws some away. Use --taa_leftovers train."
             )
         if self.taa and not self.agc:
             raise UserError(

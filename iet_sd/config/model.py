@@ -55,6 +55,15 @@ class ModelConfig:
     PyTorch's (sdpa), which choose among flash, math and others at each call."""
     enable_xformers_memory_efficient_attention: bool = False
     """The same as --attention_backend xformers (needs a CUDA GPU and requirements-xformers.txt)."""
+    channels_last: bool | None = None
+    """Keep UNet and VAE in the memory format that convolutions are fastest in on a GPU; rounded
+    differently. Default: on a CUDA GPU."""
+    torch_compile: bool = False
+    """Compile the UNet (torch.compile): minutes at the start, faster steps, rounded differently, so
+    that a resumed run is the same to rounding only. Needs a C++ compiler, on a GPU also Triton."""
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
+    """How torch.compile goes about it: reduce-overhead and max-autotune use CUDA graphs (more
+    memory), and max-autotune tries out kernels, which takes longer to start."""
 
     def __post_init__(self) -> None:
         positive(self, "rank", "lora_alpha")
@@ -73,6 +82,10 @@ class ModelConfig:
                     f"and --attention_backend {self.attention_backend} is given: use one of them."
                 )
             object.__setattr__(self, "attention_backend", "xformers")
+        if self.torch_compile_mode != "default" and not self.torch_compile:
+            raise UserError(
+                "--torch_compile_mode says how --torch_compile works, and that is not given."
+            )
         lora_only = [n for n in ("use_dora", "save_kohya_lora", "merge_lora") if getattr(self, n)]
         if lora_only and self.train_mode != "lora":
             raise UserError(f"--{lora_only[0]} needs --train_mode lora; got {self.train_mode}.")

@@ -53,6 +53,9 @@ class TrainingConfig:
     """AdamW: weight decay."""
     adam_epsilon: float = 1e-8
     """AdamW: epsilon."""
+    fused_adamw: bool | None = None
+    """AdamW in one kernel for all parameters: faster, and rounded differently. Default: on a CUDA
+    GPU."""
     use_8bit_adam: bool = False
     """Keep AdamW's moments in 8 bits (bitsandbytes, an optional package; needs a CUDA GPU)."""
     use_ema: bool = False
@@ -145,6 +148,11 @@ class TrainingConfig:
         below_one(self, "adam_beta1", "adam_beta2")
         positive(self, "max_train_steps", "snr_gamma", "text_encoder_lr")
         positive(self, "validation_rounds", "checkpoints_total_limit")
+        if self.fused_adamw and self.use_8bit_adam:
+            raise UserError(
+                "--fused_adamw is a way of PyTorch's AdamW, and --use_8bit_adam takes that of "
+                "bitsandbytes, which is fused anyway: give one of them."
+            )
         for flag in ("offload_ema", "foreach_ema"):
             if getattr(self, flag) and not self.use_ema:
                 raise UserError(f"--{flag} says how --use_ema works, and that is not given.")

@@ -25,6 +25,12 @@ def texts(value: Any, name: str) -> list[str]:
     return [entry.strip() for entry in entries if entry and entry.strip()]
 
 
+def readable(captions: list[str], config: DataConfig) -> set[str]:
+    """All that `draw` may give for a sample with these captions, without ``shuffle_caption``."""
+    found = {_prefixed(caption, config) for caption in captions or [""]}
+    return found | ({""} if config.proportion_empty_prompts else set())
+
+
 def draw(captions: list[str], config: DataConfig, visit: Visit) -> str:
     """What the visit reads: one of the captions, its tags shuffled, or nothing, as settings say.
 
@@ -36,6 +42,10 @@ def draw(captions: list[str], config: DataConfig, visit: Visit) -> str:
     caption = captions[torch.randint(len(captions), (), generator=visit.generator("caption"))]
     if config.shuffle_caption:
         caption = _shuffled(caption, config.keep_tokens, visit.generator("caption/tags"))
+    return _prefixed(caption, config)
+
+
+def _prefixed(caption: str, config: DataConfig) -> str:
     return f"{config.caption_prefix} {caption}" if config.caption_prefix and caption else caption
 
 

@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import draw, texts
 from iet_sd.data.images import decode
+from iet_sd.data.latents import Latents
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import Source
-from iet_sd.data.transforms import view
+from iet_sd.data.transforms import View, view
 from iet_sd.errors import UserError
 
 
@@ -29,31 +30,44 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
-def loader(
-    dataset: "TrainingImages",
-    batches: Iterator[list[Visit]],
-    num_workers: int,
-    pin_memory: bool,
-) -> Iterator[dict[str, Tensor]]:
-    """The batches of these visits.
+class Loader:
+    """Makes batches of visits, one stream of them after the other, by workers that outlive these.
 
-    Workers read ahead, so ``batches`` may be further on than what was handed out. They start with
-    the first batch, whatever the start method of `multiprocessing`, and end when the iterator is
-    closed or dropped.
-    Errors: `UserError` for an image that cannot be read.
+    Workers start with the first batch, whatever the start method of `multiprocessing`, and end at
+    `close`, or with the loader.
     """
-    made = DataLoader(
-        _Batches(dataset),
-        sampler=batches,
-        batch_size=None,  # the sampler gives whole batches
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else it draws from torch's global one
-    )
-    for batch in made:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+
+    def __init__(self, dataset: "TrainingImages", num_workers: int, pin_memory: bool) -> None:
+        """``num_workers`` 0: this process does it."""
+        self._order = _Order(iter(()))
+        self._settings = {
+            "dataset": _Batches(dataset),
+            "sampler": self._order,
+            "batch_size": None,  # the sampler gives whole batches
+            "num_workers": num_workers,
+            "pin_memory": pin_memory,
+            "persistent_workers": num_workers > 0,
+        }
+        self.close()
+
+    def batches(self, visits: Iterator[list[Visit]]) -> Iterator[dict[str, Tensor]]:
+        """The batches of these visits; the stream before is over.
+
+        Workers read ahead, so ``visits`` may be further on than what was handed out. What they have
+        read of a stream that ends early is dropped, errors too.
+        Errors: `UserError` for an image that cannot be read.
+        """
+        self._order.visits = visits
+        for batch in self._made:
+            if isinstance(batch, UserError):
+                self.close()  # else the workers live as long as the error
+                raise batch
+            yield batch
+
+    def close(self) -> None:
+        """End the workers, if there are any; another stream starts new ones."""
+        # With a generator, else it draws from torch's global one.
+        self._made = DataLoader(**self._settings, generator=torch.Generator())
 
 
 @dataclass(eq=False)
@@ -61,9 +75,15 @@ class TrainingImages(Dataset):
     """The samples of a source, each looked up by a `Visit`, which settles all that is random."""
 
     source: Source
-    tokenize: Callable[[str], dict[str, Tensor]]
-    """The tokens of a caption, by their names in a batch."""
+    read: Callable[[str], dict[str, Tensor]]
+    """Of a caption its tokens, or from a cache what text encoders make of them, by names."""
     config: DataConfig
+    latents: Latents | None = None
+    """A cache of what the VAE makes of images that are not augmented."""
+
+    def __post_init__(self) -> None:
+        # Without the images, which would be read along with each row.
+        self._captions = self.source.dataset.select_columns([self.source.caption_column])
 
     def __len__(self) -> int:
         """The number of samples."""
@@ -79,19 +99,35 @@ class TrainingImages(Dataset):
         """What the visit sees: pixel_values (3, H, W) in [-1, 1], input_ids (L,), index, seed.
 
         And what SDXL is told of the pixels, (height, width) each: original_size of the stored
-        image, rotated upright; crop_top_left in the resized one; target_size (H, W).
+        image, rotated upright; crop_top_left in the resized one; target_size (H, W). From caches
+        come latent_mean and latent_std (C, h, w) in place of pixels, and embeddings of tokens.
 
         magnitude: of RandAugment with ``num_ops`` operations; None for the plain image. Caption,
         crop and flip are the same either way.
         Errors: `UserError` for an image that cannot be read, or is gone or has changed since the
         source was loaded.
         """
+        if self.latents is not None and magnitude is None:
+            seen = self.latents(visit)
+        else:
+            seen = self._view(visit, magnitude, num_ops)._asdict()
+        # A sample may have none only if the settings allow for it.
         name = self.source.sample_ids[visit.index]
-        row = self.source.dataset[visit.index]
-        size = self.source.sizes[visit.index]
-        seen = view(
-            self._picture(row[self.source.image_column], name, self.source.digests[visit.index]),
-            size=size,
+        captions = texts(self._captions[visit.index][self.source.caption_column], name)
+        return {
+            **seen,
+            "target_size": self.source.sizes[visit.index],
+            **self.read(draw(captions, self.config, visit)),
+            "index": visit.index,
+            "seed": visit.seed,
+        }
+
+    def _view(self, visit: Visit, magnitude: float | None, num_ops: int) -> View:
+        name, digest = self.source.sample_ids[visit.index], self.source.digests[visit.index]
+        record = self.source.dataset[visit.index][self.source.image_column]
+        return view(
+            self._picture(record, name, digest),
+            size=self.source.sizes[visit.index],
             center_crop=self.config.center_crop,
             random_flip=self.config.random_flip,
             interpolation=self.config.image_interpolation_mode,
@@ -99,15 +135,6 @@ class TrainingImages(Dataset):
             magnitude=magnitude,
             num_ops=num_ops,
         )
-        # A sample may have none only if the settings allow for it.
-        captions = texts(row[self.source.caption_column], name)
-        return {
-            **seen._asdict(),
-            "target_size": size,
-            **self.tokenize(draw(captions, self.config, visit)),
-            "index": visit.index,
-            "seed": visit.seed,
-        }
 
     def _picture(self, record: Any, name: str, digest: str | None) -> Image.Image:
         try:
@@ -119,6 +146,16 @@ class TrainingImages(Dataset):
                 f"{error}. It could be read when this run started. Put it back as it was, then go "
                 "on with --resume_from_checkpoint latest; other images need a new run."
             ) from error
+
+
+@dataclass(eq=False)
+class _Order:
+    """A sampler that can be given other visits."""
+
+    visits: Iterator[list[Visit]]
+
+    def __iter__(self) -> Iterator[list[Visit]]:
+        return self.visits
 
 
 class _Batches(Dataset):

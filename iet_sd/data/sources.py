@@ -14,6 +14,7 @@ from iet_sd.config.buckets import Size, nearest
 from iet_sd.data import checks
 from iet_sd.data.shards import batches_per_epoch
 from iet_sd.data.tables import read_rows
+from iet_sd.data.transforms import cover
 from iet_sd.errors import UserError
 
 
@@ -60,12 +61,21 @@ def load_source(config: DataConfig) -> "Source":
         digests=tuple(look_at[i].digest for i in kept),
         sizes=tuple(nearest(look_at[i].size, buckets) for i in kept),
         repeats=tuple(repeats[i] for i in kept),
+        spare=any(_spare(look_at[i].size, buckets) for i in kept),
     )
 
 
 def _selected(rows: Dataset, kept: list[int]) -> Dataset:
     """These rows; without an index of them, which slows reading down, if they are all."""
     return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def _spare(size: Size | None, buckets: Sequence[Size]) -> bool:
+    """Whether something is left over to crop of an image, or may be."""
+    if size is None:
+        return True
+    target = nearest(size, buckets)
+    return cover(size, target) != target
 
 
 def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
@@ -135,6 +145,8 @@ class Source:
     """(N,) height and width that each image is brought to."""
     repeats: tuple[int, ...]
     """(N,) how often an epoch visits each."""
+    spare: bool = True
+    """Whether any image is larger than what is cropped from it, or may be."""
 
     def repeated(self, members: Sequence[int]) -> list[int]:
         """The members of a shard, each as often as an epoch visits it."""

@@ -5,6 +5,7 @@ Letters in shapes: H height, W width. Sizes and places are (height, width) and (
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,20 @@ class View(NamedTuple):
     """Where the crop begins in the resized picture; in its mirror image, if it was flipped."""
 
 
+class Placing(NamedTuple):
+    """Where a crop lies, as shares of what there is to choose from, and whether it is mirrored."""
+
+    across: float
+    down: float
+    flip: bool
+
+
+def draw_placing(generator: torch.Generator) -> Placing:
+    """Place and flip of one visit; all are drawn, whether used or not."""
+    across, down, flip = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
+    return Placing(across, down, flip < 0.5)
+
+
 def view(
     image: Image.Image,
     *,
@@ -43,26 +58,50 @@ def view(
 ) -> View:
     """``image`` as one visit sees it: resized to cover ``size`` (H, W), and cropped to it.
 
-    Place of the crop and flip are drawn first, whether used or not, so that one seed gives the
-    same crop and flip with (``magnitude`` given) and without augmentation.
+    Place of the crop and flip are drawn first, so that one seed gives the same crop and flip with
+    (``magnitude`` given) and without augmentation.
     """
-    across, down, flip = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
+    placing = draw_placing(generator)
+    augment = None
+    if magnitude is not None:
+        augment = partial(rand_augment, num_ops=num_ops, magnitude=magnitude, generator=generator)
+    return place(
+        image,
+        size=size,
+        center_crop=center_crop,
+        random_flip=random_flip,
+        interpolation=interpolation,
+        placing=placing,
+        augment=augment,
+    )
+
+
+def place(
+    image: Image.Image,
+    *,
+    size: tuple[int, int],
+    center_crop: bool,
+    random_flip: bool,
+    interpolation: str,
+    placing: Placing,
+    augment: Callable[[Image.Image], Image.Image] | None = None,
+) -> View:
+    """`view` with a crop and flip that are known; ``augment`` acts on the resized image."""
     original_size = image.height, image.width
     image = F.resize(
         image, list(cover(original_size, size)), InterpolationMode[interpolation.upper()]
     )
-    if magnitude is not None:
-        image = rand_augment(image, num_ops, magnitude, generator)
+    if augment is not None:
+        image = augment(image)
     height, width = size
     spare = image.height - height, image.width - width
     if center_crop:
         top, left = (round(pixels / 2) for pixels in spare)
     else:
-        top, left = (
-            int(place * (pixels + 1)) for place, pixels in zip((down, across), spare, strict=True)
-        )
+        shares = placing.down, placing.across
+        top, left = (int(share * (pixels + 1)) for share, pixels in zip(shares, spare, strict=True))
     image = F.crop(image, top, left, height, width)
-    if random_flip and flip < 0.5:
+    if random_flip and placing.flip:
         image = F.hflip(image)
         left = spare[1] - left
     return View(F.normalize(F.to_tensor(image), [0.5], [0.5]), original_size, (top, left))

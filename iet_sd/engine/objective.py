@@ -5,18 +5,34 @@ Every draw is derived from a sample's seed. Letters in shapes: B samples of a ba
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers import AutoencoderKL
 from diffusers.training_utils import compute_dream_and_update_latents
 from torch import Tensor
 
 from iet_sd import diffusion
 from iet_sd.errors import UserError
 from iet_sd.models.adapter import is_trained
-from iet_sd.models.family import SIZES
+from iet_sd.models.family import ENCODED, SIZES
 from iet_sd.models.loading import Components
 from iet_sd.models.tokens import INPUT_IDS
+
+
+class Prepared(NamedTuple):
+    """What the UNet is given of a batch, and what it should say; on the device."""
+
+    noisy_latents: Tensor
+    """float32 (B, C, h, w)."""
+    target: Tensor
+    """float32 (B, C, h, w): noise or velocity."""
+    timesteps: Tensor
+    """int64 (B,)."""
+    condition: dict[str, Any]
+    """What it is told besides: tensors (B, ...), by name, some in a dictionary of their own."""
+    samples: list[tuple[int, int]]
+    """Index and timestep of each sample."""
 
 
 class Objective:
@@ -51,14 +67,28 @@ class Objective:
         """Passes of a sample through the UNet for one loss."""
         return 1 if self.dream is None else 2
 
+    @property
+    def backward_cost(self) -> float:
+        """A backward pass through the UNet in forward passes, about.
+
+        One for what it gives on to earlier layers, one for the gradient of its weights, as far as
+        they are trained, and one for what checkpointing computes again.
+        """
+        unet = self.components.unet
+        numbers = [(p.numel(), p.requires_grad) for p in unet.parameters()]
+        trained = sum(number for number, requires_grad in numbers if requires_grad)
+        share = trained / sum(number for number, _ in numbers)
+        return 1 + share + unet.is_gradient_checkpointing
+
     def draw_timesteps(self, seeds_B: Sequence[int], purpose: str) -> Tensor:
         """Uniform timesteps, int64 (B,), on the CPU."""
         return diffusion.draw_timesteps(seeds_B, purpose, self.components.num_train_timesteps)
 
-    def loss(self, batch: dict[str, Tensor], timesteps_B: Tensor, purpose: str) -> Tensor:
-        """The squared error of the UNet on each sample: float32 (B,), with gradient if enabled.
+    def prepare(self, batch: dict[str, Tensor], timesteps_B: Tensor, purpose: str) -> Prepared:
+        """All that the UNet is given of a batch, and what it should say, at these timesteps.
 
-        ``purpose`` keeps the draws of a second pass apart from those of the first.
+        ``purpose`` keeps the draws of a second pass apart from those of the first. Captions have a
+        gradient where text encoders are trained and gradients are enabled.
         """
         parts, seeds_B = self.components, batch["seed"].tolist()
         timesteps = timesteps_B.to(self.device)
@@ -90,20 +120,58 @@ class Objective:
                     None,
                     self.dream,
                 )
+        samples = list(zip(batch["index"].tolist(), timesteps_B.tolist(), strict=True))
+        return Prepared(noisy_latents, target, timesteps, condition, samples)
+
+    def select(self, prepared: Prepared, batch: dict[str, Tensor], mask_B: Tensor) -> Prepared:
+        """The samples of a prepared ``batch`` at which ``mask_B`` (on the CPU) is true.
+
+        Captions are encoded again where text encoders are trained, as there may be no gradient.
+        """
+        (here,) = mask_B.nonzero(as_tuple=True)
+        there = here.to(self.device)
+        # As in `encode_captions`: no encoder need be there if captions come out of a cache.
+        if ENCODED[0] not in batch and any(map(is_trained, self.components.text_encoders)):
+            condition = self.encode_captions({name: t[here] for name, t in batch.items()})
+        else:
+            condition = _map(lambda tensors: tensors[0][there], [prepared.condition])
+        return Prepared(
+            prepared.noisy_latents[there],
+            prepared.target[there],
+            prepared.timesteps[there],
+            condition,
+            [prepared.samples[i] for i in here.tolist()],
+        )
+
+    def loss_of(self, prepared: Prepared) -> Tensor:
+        """The squared error of the UNet on each sample: float32 (B,), with gradient if enabled."""
         with self.autocast():
-            model_pred = parts.unet(noisy_latents, timesteps, **condition, return_dict=False)[0]
-        return diffusion.per_sample_loss(model_pred, target)
+            model_pred = self.components.unet(
+                prepared.noisy_latents, prepared.timesteps, **prepared.condition, return_dict=False
+            )[0]
+        return diffusion.per_sample_loss(model_pred, prepared.target)
+
+    def loss(self, batch: dict[str, Tensor], timesteps_B: Tensor, purpose: str) -> Tensor:
+        """`loss_of` a batch as `prepare` makes it."""
+        return self.loss_of(self.prepare(batch, timesteps_B, purpose))
 
     @torch.no_grad()
     def encode_images(self, batch: dict[str, Tensor], purpose: str) -> Tensor:
-        """A sample of the VAE's posterior for each image, scaled: float32 (B, C, h, w)."""
-        vae = self.components.vae
-        pixels = batch["pixel_values"].to(self.device, vae.dtype, non_blocking=True)
-        posterior = vae.encode(pixels).latent_dist
-        sample = diffusion.draw_noise(batch["seed"].tolist(), purpose, posterior.mean.shape[1:])
+        """A sample of the VAE's posterior for each image, scaled: float32 (B, C, h, w).
+
+        Of the posterior that a cache has, or of the image.
+        """
+        if "latent_mean" in batch:
+            mean, std = (
+                batch[name].to(self.device, non_blocking=True)
+                for name in ("latent_mean", "latent_std")
+            )
+        else:
+            mean, std = posterior(self.components.vae, batch["pixel_values"], self.device)
+        sample = diffusion.draw_noise(batch["seed"].tolist(), purpose, mean.shape[1:])
         # In fp32 up to the UNet: in bf16 the first timesteps would be without noise.
-        latents = posterior.mean.float() + posterior.std.float() * sample.to(self.device)
-        return latents * vae.config.scaling_factor
+        latents = mean.float() + std.float() * sample.to(self.device)
+        return latents * self.components.vae_config["scaling_factor"]
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """What the UNet is told of each sample besides timestep and noisy latents.
@@ -112,10 +180,11 @@ class Objective:
         """
         told = {
             name: batch[name].to(self.device, non_blocking=True)
-            for name in (*INPUT_IDS, *SIZES)
+            for name in (*INPUT_IDS, *ENCODED, *SIZES)
             if name in batch
         }
-        trained = any(map(is_trained, self.components.text_encoders))
+        # Encoders whose work comes out of a cache need not even be loaded.
+        trained = ENCODED[0] not in told and any(map(is_trained, self.components.text_encoders))
         with self.autocast() if trained else torch.no_grad():
             return self.components.family.condition(self.components, told)
 
@@ -127,6 +196,37 @@ class Objective:
         return loss_B * diffusion.snr_weights(
             self.components.noise_scheduler, timesteps, self.snr_gamma
         )
+
+
+def posterior(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posteriors: (B, C, h, w), in its dtype."""
+    found = vae.encode(pixels.to(device, vae.dtype, non_blocking=True)).latent_dist
+    return found.mean, found.std
+
+
+def join(parts: Sequence[Prepared]) -> list[Prepared]:
+    """The same samples in as few batches as there are sizes of latents, by first appearance."""
+    by_size: dict[torch.Size, list[Prepared]] = {}
+    for part in parts:
+        by_size.setdefault(part.noisy_latents.shape[1:], []).append(part)
+    return [_concatenated(same) if len(same) > 1 else same[0] for same in by_size.values()]
+
+
+def _concatenated(parts: Sequence[Prepared]) -> Prepared:
+    noisy_latents, target, timesteps = (
+        torch.cat(tensors) for tensors in list(zip(*parts, strict=True))[:3]
+    )
+    condition = _map(torch.cat, [part.condition for part in parts])
+    return Prepared(
+        noisy_latents, target, timesteps, condition, [s for part in parts for s in part.samples]
+    )
+
+
+def _map(function: Callable[[list[Tensor]], Tensor], conditions: list[Any]) -> Any:
+    """``function`` of the tensors that are in the same place in each of ``conditions``."""
+    if isinstance(conditions[0], dict):
+        return {name: _map(function, [c[name] for c in conditions]) for name in conditions[0]}
+    return function(conditions)
 
 
 def check_dream(dream: float | None, prediction_type: str) -> None:

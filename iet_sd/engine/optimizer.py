@@ -1,7 +1,8 @@
 """The optimizer of a proxy, and its state as named tensors that can wait anywhere.
 
-AdamW of PyTorch, or that of bitsandbytes with moments of 8 bits (Dettmers et al. 2022, arXiv
-2110.02861). What an optimizer remembers of a parameter is taken as it is, whatever its names.
+AdamW of PyTorch, in one kernel where asked for, or that of bitsandbytes with moments of 8 bits
+(Dettmers et al. 2022, arXiv 2110.02861). What an optimizer remembers of a parameter is taken as it
+is, whatever its names; tensors that wait are contiguous, whatever the parameters' memory format.
 """
 
 import importlib
@@ -37,38 +38,49 @@ def make_optimizer(
     groups: list[dict[str, Any]], config: TrainingConfig, learning_rate: float
 ) -> torch.optim.Optimizer:
     """AdamW for parameter groups; its state is made by the first update of each parameter."""
-    adamw = torch.optim.AdamW
+    settings = {
+        "lr": learning_rate,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "weight_decay": config.adam_weight_decay,
+        "eps": config.adam_epsilon,
+    }
     if config.use_8bit_adam:
-        adamw = importlib.import_module("bitsandbytes").optim.AdamW8bit
-    return adamw(
-        groups,
-        lr=learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-    )
+        return importlib.import_module("bitsandbytes").optim.AdamW8bit(groups, **settings)
+    fused = config.fused_adamw
+    if fused is None:
+        fused = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    # None, since False would also rule out the kernels for lists of tensors.
+    return torch.optim.AdamW(groups, **settings, fused=fused or None)
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> Tensors:
-    """What the optimizer remembers, by names ``PARAMETER/exp_avg``, on the CPU; not a copy there.
+    """What the optimizer remembers, by names ``PARAMETER/exp_avg``, as `on_cpu` gives it.
 
     Whole numbers become int64 tensors.
     """
-    return {
-        f"{name}/{key}": torch.as_tensor(value).to("cpu")
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    return on_cpu(
+        {
+            f"{name}/{key}": torch.as_tensor(value)
+            for name, parameter in parameters.items()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        }
+    )
 
 
 def put_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter], state: Tensors
 ) -> None:
     """Have the optimizer remember ``state``, as `state_of` gave it; tensors on the CPU are used."""
+    # One kernel for all parameters counts where they are; others count on the CPU.
+    counts_on_device = optimizer.defaults.get("fused")
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
-        optimizer.state[parameter][entry] = _remembered(value, parameter.device)
+        if value.ndim or (counts_on_device and value.is_floating_point()):
+            remembered = _beside(parameter, value)
+        else:
+            remembered = value if value.is_floating_point() else int(value)
+        optimizer.state[parameter][entry] = remembered
 
 
 def no_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parameter]) -> Tensors:
@@ -86,8 +98,26 @@ def no_moments(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Parame
     return moments
 
 
-def _remembered(value: Tensor, device: torch.device) -> Tensor | int:
-    """An entry as the optimizer had it: single numbers stay on the CPU, where it counts."""
-    if value.ndim:
-        return value.to(device)
-    return value if value.is_floating_point() else int(value)
+def on_cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> Tensors:
+    """The tensors on the CPU, contiguous; of those that are so already a copy only if asked for.
+
+    From a GPU all are on their way at once, into pinned memory, and have arrived on return.
+    """
+    found = {
+        name: tensor.contiguous().to("cpu", copy=copy, non_blocking=tensor.is_cuda)
+        for name, tensor in tensors.items()
+    }
+    for device in {t.device for t in tensors.values() if t.device.type == "cuda"}:
+        torch.cuda.synchronize(device)
+    return found
+
+
+def _beside(parameter: Parameter, value: Tensor) -> Tensor:
+    """``value`` on the parameter's device, and as that lies in memory if it is of its shape.
+
+    A kernel that goes through both by address takes it for granted.
+    """
+    value = value.to(parameter.device, non_blocking=parameter.is_cuda)
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

@@ -2,7 +2,8 @@
 
 One set of parameters is live on the device; proxies take turns in it. Between turns a proxy's
 weights, moments of the optimizer and moving average wait in a store on the CPU or the disk, so K
-proxies need one model on the device.
+proxies need one model on the device. What waits is contiguous; the live parameters may be laid out
+otherwise (``--channels_last``).
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from torch.nn import Parameter
 
 from iet_sd.config import TrainingConfig
 from iet_sd.engine import ema
-from iet_sd.engine.optimizer import make_optimizer, no_moments, put_state, state_of
+from iet_sd.engine.optimizer import make_optimizer, no_moments, on_cpu, put_state, state_of
 from iet_sd.engine.step import Memory
 from iet_sd.engine.store import Store, Tensors
 from iet_sd.method import agc
@@ -110,7 +111,7 @@ class Proxy:
         return {
             **{WEIGHTS + name: t for name, t in live_weights(self.parameters).items()},
             **{MOMENTS + name: t for name, t in moments.items()},
-            **{EMA + name: t.to("cpu") for name, t in self.ema.items()},
+            **{EMA + name: t for name, t in on_cpu(self.ema).items()},
         }
 
     def backward(self, loss: Tensor) -> None:
@@ -124,10 +125,9 @@ class Proxy:
         """
         self.scaler.unscale_(self.optimizer)
         if scale != 1:
-            for parameter in self.parameters.values():
-                # None where the loss does not depend on it, as at the end of SDXL's text encoder.
-                if parameter.grad is not None:
-                    parameter.grad *= scale
+            # None where the loss does not depend on it, as at the end of SDXL's text encoder.
+            gradients = (parameter.grad for parameter in self.parameters.values())
+            torch._foreach_mul_([g for g in gradients if g is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
         return self.scaler.is_enabled() or bool(norm.isfinite())
 
@@ -180,14 +180,17 @@ def parameter_groups(
 
 def live_weights(parameters: Mapping[str, Parameter]) -> Tensors:
     """A copy of the parameters on the CPU."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+    return on_cpu({name: p.detach() for name, p in parameters.items()}, copy=True)
 
 
 @torch.no_grad()
 def copy_into(parameters: Mapping[str, Parameter], weights: Mapping[str, Tensor]) -> None:
-    """Write ``weights`` into the parameters' own storage."""
+    """Write ``weights`` into the parameters' own storage.
+
+    On a GPU maybe later than on return, if they are in pinned memory, but before any other work.
+    """
     for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        parameter.copy_(weights[name], non_blocking=parameter.is_cuda)
 
 
 @contextmanager

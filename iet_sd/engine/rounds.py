@@ -9,15 +9,16 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from iet_sd.config import Config
-from iet_sd.data.dataset import TrainingImages, loader
+from iet_sd.data.dataset import Loader, TrainingImages
 from iet_sd.data.shards import batches
 from iet_sd.engine import collectives
 from iet_sd.engine.objective import Objective
@@ -58,6 +59,12 @@ class Trainer:
     process_index: int = 0
     num_processes: int = 1
 
+    @cached_property
+    def loader(self) -> Loader:
+        """Makes the batches of all shards; its workers live from the first one to the last."""
+        workers = self.config.training.dataloader_num_workers
+        return Loader(self.dataset, workers, pin_memory=self.device.type == "cuda")
+
     def start(self, shard_of_N: Tensor, store: Store | None = None) -> State:
         """The state before the first round; proxies wait in ``store``, by default in memory."""
         method, training = self.config.method, self.config.training
@@ -85,8 +92,9 @@ class Trainer:
 
     def run(self, state: State) -> Iterator[Event]:
         """Train from ``state`` to the last round; the live model then has the final weights."""
-        while state.round < self.config.method.num_rounds:
-            yield from self.run_round(state)
+        with closing(self.loader):
+            while state.round < self.config.method.num_rounds:
+                yield from self.run_round(state)
         copy_into(self.parameters, state.weights)
 
     def run_round(self, state: State) -> Iterator[Event]:
@@ -143,8 +151,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         proxy.enter(state.weights, state.moments, state.ema)
         members = (state.shard_of_N == shard).nonzero().flatten().tolist()
-        loaded = loader(
-            self.dataset,
+        loaded = self.loader.batches(
             batches(
                 self.seed,
                 round,
@@ -152,10 +159,8 @@ class Trainer:
                 self.dataset.source.repeated(members),
                 training.train_batch_size,
                 self.dataset.source.sizes,
-                start=total.steps * training.gradient_accumulation_steps,
-            ),
-            training.dataloader_num_workers,
-            pin_memory=self.device.type == "cuda",
+                start=total.batches,
+            )
         )
         may_leave_out = method.agc or training.on_nonfinite == "skip_batch"
         limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if may_leave_out else 1)
@@ -164,7 +169,9 @@ class Trainer:
             torch.manual_seed(seed_for(self.seed, "dropout", round, shard, total.steps))
             step = total.steps + 1
             on_nonfinite = partial(self._on_nonfinite, f"{round}, shard {shard}, step {step}")
-            counts = self._step(proxy, loaded, progress.new_skips_N, on_nonfinite)
+            # It is, unless it comes to no update; then so may be the next.
+            is_last = step == limit or self.steps_done(total) + 1 == self.steps_per_round
+            counts = self._step(proxy, loaded, progress.new_skips_N, on_nonfinite, is_last)
             total += counts
             progress.seconds = time.perf_counter() - began
             loss = counts.loss_sum / counts.scored if counts.scored else math.nan
@@ -200,11 +207,15 @@ class Trainer:
         loaded: Iterator[dict[str, Tensor]],
         new_skips_N: Tensor,
         on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
+        is_last: bool,
     ) -> Counts:
-        """Score ``gradient_accumulation_steps`` batches and do one update, if any is due."""
+        """Score ``gradient_accumulation_steps`` batches and do one update, if any is due.
+
+        In the round's last step nothing is left waiting.
+        """
         method, per_update = self.config.method, self.config.training.samples_per_update
         counts, trained = Counts(), []
-        for _ in range(self.config.training.gradient_accumulation_steps):
+        for ahead in reversed(range(self.config.training.gradient_accumulation_steps)):
             done = accumulate_gradient(
                 self.objective,
                 next(loaded),
@@ -214,6 +225,8 @@ class Trainer:
                 lambda loss: proxy.backward(loss / per_update),
                 on_nonfinite,
                 self.config.training.train_batch_size,
+                loaded if method.refill_skipped else (),
+                may_wait=ahead > 0 or not is_last,
             )
             counts += done.counts
             trained += done.trained

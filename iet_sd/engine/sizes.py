@@ -4,6 +4,7 @@ meta device, where tensors have a shape and nothing else.
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,15 +30,16 @@ def meta_components(config: ModelConfig, cache_dir: str | None) -> Components:
     family = family_in(folder, config.pretrained_model_name_or_path)
     vae, _ = locate("vae", folder, None, vae_folder)
     with torch.device("meta"):
-        texts = {
+        networks = {
             name: cls(CLIPTextConfig.from_pretrained(folder, subfolder=name))
             for name, cls in family.text_encoders.items()
         }
+        networks["vae"] = AutoencoderKL.from_config(AutoencoderKL.load_config(vae))
         parts = Components(
             family=family,
             **dict.fromkeys(family.tokenizers),
-            **texts,
-            vae=AutoencoderKL.from_config(AutoencoderKL.load_config(vae)),
+            loaders={name: partial(networks.get, name) for name in networks},
+            device=torch.device("meta"),
             unet=UNet2DConditionModel.from_config(
                 UNet2DConditionModel.load_config(folder, subfolder="unet")
             ),

@@ -1,33 +1,30 @@
 """One step of a proxy: score a batch, decide what to train on, and leave the gradient.
 
 Data flows one way: batch -> latents, text embeddings -> timesteps, noise -> loss per sample ->
-(detached) comparison with the bank -> keep mask, strength, new bank -> mean over what is trained,
-with a second, augmented pass for samples near the threshold -> gradient. No I/O but for the
-augmented images, no collective, no optimizer. Shapes: B samples of a batch, Q of the second pass.
+(detached) comparison with the bank -> keep mask, strength, new bank -> mean over what is trained ->
+gradient. Samples far from the threshold are trained by the backward pass of their own scoring, or
+in a second pass where that is cheaper; those near it in a second pass, on an augmented image. No
+I/O but for these images, no collective, no optimizer. Shapes: B samples of a batch, Q of a second
+pass.
 """
 
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from iet_sd.config import MethodConfig
-from iet_sd.data.dataset import TrainingImages, collate
-from iet_sd.data.shards import Visit
-from iet_sd.engine.objective import Objective
+from iet_sd.data.dataset import TrainingImages
+from iet_sd.engine.objective import Objective, Prepared, join
+from iet_sd.engine.second_pass import Pending, prepare, take, take_or_drop
 from iet_sd.method import agc, taa
 
-
-class Pending(NamedTuple):
-    """A kept sample that waits for its augmented pass."""
-
-    index: int
-    timestep: int
-    seed: int
-    strength: float
+# With --refill_skipped: batches that are scored for one batch to train, at most.
+MAX_BATCHES = 4
+OnNonfinite = Callable[[str, list[tuple[int, int]]], None]
 
 
 @dataclass
@@ -36,6 +33,8 @@ class Counts:
 
     steps: int = 0
     """Batches' worth of scoring, one per attempted update."""
+    batches: int = 0
+    """Batches drawn to be scored."""
     updates: int = 0
     """Optimizer updates."""
     scored: int = 0
@@ -55,7 +54,7 @@ class Counts:
     encoded: int = 0
     """Images through the VAE encoder."""
     nonfinite: int = 0
-    """Batches left out for a loss or gradient that was not finite (``on_nonfinite``)."""
+    """Passes left out for a loss or gradient that was not finite (``on_nonfinite``)."""
     loss_sum: float = 0.0
     """Sum of the unweighted losses of the scored samples."""
     strength_sum: float = 0.0
@@ -121,20 +120,6 @@ def decide(
     )
 
 
-def take(queue: list[Pending], batch_size: int, leftovers: str) -> tuple[list[Pending], int]:
-    """What to train of the queue now, and how many of it to drop; the queue is left accordingly.
-
-    ``train``: all of it. ``drop``: nothing until a batch is full, then one batch, and the rest is
-    lost, as in the authors' code.
-    """
-    if leftovers == "drop" and len(queue) < batch_size:
-        return [], 0
-    taken = queue[:batch_size] if leftovers == "drop" else queue[:]
-    dropped = len(queue) - len(taken)
-    queue.clear()
-    return taken, dropped
-
-
 def accumulate_gradient(
     objective: Objective,
     batch: dict[str, Tensor],
@@ -142,93 +127,162 @@ def accumulate_gradient(
     method: MethodConfig,
     dataset: TrainingImages,
     backward: Callable[[Tensor], None],
-    on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
+    on_nonfinite: OnNonfinite,
     batch_size: int = 0,
+    further: Iterable[dict[str, Tensor]] = (),
+    may_wait: bool = False,
 ) -> Outcome:
     """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
     ``memory`` is updated. A pass with a loss that is not finite is left out, the bank included, if
     ``on_nonfinite`` returns: it is told "loss", and index and timestep of the samples.
-    ``batch_size`` is that of a full batch, if this one may be smaller.
+    ``batch_size`` is that of a full batch, if this one may be smaller. ``further`` batches are
+    scored until as many are kept (``refill_skipped``). Kept samples stay in the queue for a later
+    call by ``taa_leftovers``, or if they ``may_wait``.
+    """
+    full, waiting = max(len(batch["seed"]), batch_size), len(memory.queue)
+    counts, direct, beside, skipped, trained = Counts(steps=1), [], [], [], []
+    for scored in chain([batch], islice(further, MAX_BATCHES - 1)):
+        # Where batches are filled up those that wait come first, and the others may have to.
+        room = full - waiting - len(beside) if method.refill_skipped else full
+        done = score(objective, scored, memory, method, backward, on_nonfinite, room)
+        counts += done.counts
+        skipped.append(done.skipped)
+        trained += done.trained
+        direct += done.direct
+        beside += [index for part in done.direct for index, _ in part.samples]
+        if len(beside) + len(memory.queue) >= full:
+            break
+    drops, sizes_N = method.taa_leftovers == "drop", dataset.source.sizes
+    if drops:
+        taken, counts.dropped = take_or_drop(memory.queue, full)
+    else:
+        waits = may_wait and method.score_pass != "separate" and not method.refill_skipped
+        least = method.taa_min_batch * full if waits else 0
+        taken = take(memory.queue, sizes_N, beside, full, least)
+    while direct or taken:
+        second, samples = train(objective, direct, taken, method, dataset, backward, on_nonfinite)
+        counts += second
+        trained += samples
+        direct, taken = [], []
+        if not may_wait and not drops:
+            taken = take(memory.queue, sizes_N, [], full, 0)
+    counts.trained = len(trained)
+    return Outcome(counts, torch.cat(skipped), trained)
+
+
+class Scored(NamedTuple):
+    """What scoring a batch came to."""
+
+    counts: Counts
+    skipped: Tensor
+    """Indices of the skipped samples, int64."""
+    trained: list[tuple[int, int]]
+    """Index and timestep of the samples whose gradient is there already."""
+    direct: list[Prepared]
+    """Samples that are to be trained as they were scored, if any."""
+
+
+def score(
+    objective: Objective,
+    batch: dict[str, Tensor],
+    memory: Memory,
+    method: MethodConfig,
+    backward: Callable[[Tensor], None],
+    on_nonfinite: OnNonfinite,
+    room: int,
+) -> Scored:
+    """Score a batch, remember what it says, and train of it what costs least trained right away.
+
+    Samples to augment join the queue, and so do samples to train as they are, beyond ``room``.
     """
     timesteps_B = objective.draw_timesteps(batch["seed"].tolist(), "score/timestep")
-    size = len(timesteps_B)
     # With no strength below the minimum every kept sample has a second pass: only score.
-    trains_directly = not method.taa or method.taa_min_strength > 0
-    with torch.set_grad_enabled(trains_directly):
-        loss_B = objective.loss(batch, timesteps_B, "score")
-    seen_B = loss_B.detach().cpu()
-    passes = objective.forward_passes
-    counts = Counts(steps=1, forward=size * passes, encoded=size)
-    samples = list(zip(batch["index"].tolist(), timesteps_B.tolist(), strict=True))
+    has_direct = not method.taa or method.taa_min_strength > 0
+    may_train = has_direct and method.score_pass != "separate" and not method.refill_skipped
+    with torch.set_grad_enabled(may_train):
+        prepared = objective.prepare(batch, timesteps_B, "score")
+        loss_B = objective.loss_of(prepared)
+    seen_B, size, samples = loss_B.detach().cpu(), len(timesteps_B), prepared.samples
+    encoded = size if "pixel_values" in batch else 0
+    counts = Counts(batches=1, forward=size * objective.forward_passes, encoded=encoded)
     # A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
     if bad := chosen(samples, ~seen_B.isfinite()):
         on_nonfinite("loss", bad)
         counts.nonfinite = 1
-        return Outcome(counts, batch["index"][:0], [])
+        return Scored(counts, batch["index"][:0], [], [])
     decision = decide(
         seen_B, timesteps_B, memory.bank, method, objective.components.num_train_timesteps
     )
     memory.bank = decision.bank
-    memory.queue += [
-        Pending(*samples[i], int(batch["seed"][i]), float(decision.strength_B[i]))
-        for i in decision.second_pass_B.nonzero().flatten().tolist()
-    ]
-    taken, counts.dropped = take(memory.queue, max(size, batch_size), method.taa_leftovers)
-    direct_B = decision.keep_B & ~decision.second_pass_B
-    trained = chosen(samples, direct_B)
     counts.scored = size
     counts.skipped = size - int(decision.keep_B.sum())
     counts.loss_sum = float(seen_B.sum())
-    if trained:
+    direct_B = decision.keep_B & ~decision.second_pass_B
+    late_B = direct_B & (direct_B.cumsum(0) > room)
+    memory.queue += [
+        Pending(
+            *samples[i],
+            int(batch["seed"][i]),
+            float(decision.strength_B[i]),
+            bool(decision.second_pass_B[i]),
+        )
+        for i in (decision.second_pass_B | late_B).nonzero().flatten().tolist()
+    ]
+    direct_B &= ~late_B
+    skipped, number = batch["index"][~decision.keep_B], int(direct_B.sum())
+    if not number:
+        return Scored(counts, skipped, [], [])
+    if may_train and trains_all(method, number, size, objective):
         weighted_B = objective.weight(loss_B, timesteps_B)
         backward((weighted_B * direct_B.to(loss_B.device)).sum())
-        counts.backward += size
-        del weighted_B
-    if taken:
-        # After the first graph is freed, so that two passes need the memory of one.
-        del loss_B
-        loss_Q, samples = augmented_loss(objective, taken, method, dataset)
-        counts.forward += len(taken) * passes
-        counts.encoded += len(taken)
-        if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
-            on_nonfinite("loss", bad)
-            counts.nonfinite = 1
-        else:
-            backward(loss_Q.sum())
-            trained += samples
-            counts.backward += len(taken)
-            counts.augmented = len(taken)
-            counts.strength_sum = sum(pending.strength for pending in taken)
-    counts.trained = len(trained)
-    return Outcome(counts, batch["index"][~decision.keep_B], trained)
+        counts.backward = size
+        return Scored(counts, skipped, chosen(samples, direct_B), [])
+    return Scored(counts, skipped, [], [objective.select(prepared, batch, direct_B)])
 
 
-def augmented_loss(
-    objective: Objective, taken: list[Pending], method: MethodConfig, dataset: TrainingImages
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """The loss of the samples on augmented images, with new noise, weighted: float32 (Q,).
+def trains_all(method: MethodConfig, number: int, size: int, objective: Objective) -> bool:
+    """Whether ``number`` of ``size`` scored samples are trained by a backward pass of them all.
 
-    And the index and timestep of each, in the same order: that of ``taken``, but images of one size
-    together, since they are one batch.
+    It costs ``size`` backward passes, and a pass of its own ``number`` forward and backward ones.
     """
-    strength_Q = torch.tensor([pending.strength for pending in taken])
-    magnitude_Q = taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength)
-    by_size = defaultdict(list)
-    for p, magnitude in zip(taken, magnitude_Q, strict=True):
-        example = dataset.example(Visit(p.index, p.seed), magnitude, method.taa_num_ops)
-        by_size[example["target_size"]].append((p, example))
-    losses, samples = [], []
-    for same in by_size.values():
-        batch = collate([example for _, example in same])
-        if method.taa_redraw_timestep:
-            timesteps = objective.draw_timesteps(batch["seed"].tolist(), "augmented/timestep")
-        else:
-            timesteps = torch.tensor([p.timestep for p, _ in same])
-        loss = objective.loss(batch, timesteps, "augmented")
-        losses.append(objective.weight(loss, timesteps))
-        samples += zip(batch["index"].tolist(), timesteps.tolist(), strict=True)
-    return torch.cat(losses), samples
+    if method.score_pass == "train" or number == size:
+        return True
+    cost = objective.backward_cost
+    return size * cost <= number * (1 + cost)
+
+
+def train(
+    objective: Objective,
+    direct: list[Prepared],
+    taken: list[Pending],
+    method: MethodConfig,
+    dataset: TrainingImages,
+    backward: Callable[[Tensor], None],
+    on_nonfinite: OnNonfinite,
+) -> tuple[Counts, list[tuple[int, int]]]:
+    """A second pass: index and timestep of each sample that it trains, images of a size together.
+
+    Of ``direct`` ones neither latents nor captions are made again.
+    """
+    parts = join([*direct, *prepare(objective, taken, method, dataset)])
+    samples = [sample for part in parts for sample in part.samples]
+    loss_Q = torch.cat([objective.weight(objective.loss_of(p), p.timesteps) for p in parts])
+    augmented = [pending for pending in taken if pending.augmented]
+    counts = Counts(
+        # What DREAM's own pass makes of ``direct`` is there.
+        forward=len(samples) + len(taken) * (objective.forward_passes - 1),
+        encoded=len(augmented if dataset.latents else taken),
+    )
+    if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
+        on_nonfinite("loss", bad)
+        counts.nonfinite = 1
+        return counts, []
+    backward(loss_Q.sum())
+    counts.backward = len(samples)
+    counts.augmented = len(augmented)
+    counts.strength_sum = sum(pending.strength for pending in augmented)
+    return counts, samples
 
 
 def chosen(samples: list[tuple[int, int]], mask_B: Tensor) -> list[tuple[int, int]]:

@@ -17,6 +17,8 @@ from iet_sd.models.tokens import INPUT_IDS, Tokenize
 
 SIZES = ("original_size", "crop_top_left", "target_size")
 """What SDXL is told of an image's pixels: names in a batch, int64 (B, 2), height or top first."""
+ENCODED = ("encoder_hidden_states", "text_embeds")
+"""What text encoders make of a caption: of every token (L, D), and in SDXL of the whole (P,)."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class Family:
     """Classes of its text encoders, by part."""
     tokenizers: tuple[str, ...]
     """The tokenizer of each."""
-    condition: Callable[[Any, Mapping[str, Tensor]], dict[str, Any]]
-    """From model and batch (tokens, and `SIZES` where used) to keyword arguments of the UNet."""
+    encode: Callable[[Any, Mapping[str, Tensor]], dict[str, Tensor]]
+    """From model and a batch's tokens to what the UNet is told of captions, by `ENCODED` names."""
     time_ids: int = 0
     """How many numbers the UNet is told beside captions (micro-conditioning)."""
     upcasts_vae: bool = False
@@ -70,6 +72,22 @@ class Family:
         """From a caption to its tokens."""
         return Tokenize([getattr(model, name) for name in self.tokenizers])
 
+    def condition(self, model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Keyword arguments of the UNet: from tokens, or captions that are encoded, and `SIZES`.
+
+        ``SIZES`` are needed where there are ``time_ids``.
+        """
+        told = batch if ENCODED[0] in batch else self.encode(model, batch)
+        condition: dict[str, Any] = {ENCODED[0]: told[ENCODED[0]]}
+        if self.time_ids:
+            # Whole numbers, which the UNet turns into fp32: 16 bits would round large sizes.
+            time_ids = torch.cat([batch[name] for name in SIZES], dim=1)
+            condition["added_cond_kwargs"] = {
+                ENCODED[1]: told[ENCODED[1]],
+                "time_ids": time_ids,
+            }
+        return condition
+
     def encoders(self, model: Any) -> list[PreTrainedModel]:
         """The text encoders, in order."""
         return [getattr(model, name) for name in self.text_encoders]
@@ -91,15 +109,15 @@ def whole_image(resolution: int, count: int) -> dict[str, Tensor]:
     return dict(zip(SIZES, (size, corner, size), strict=True))
 
 
-def _last_hidden_state(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def _last_hidden_state(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the text encoder gives at its end."""
-    return {"encoder_hidden_states": model.text_encoder(batch[INPUT_IDS[0]], return_dict=False)[0]}
+    return {ENCODED[0]: model.text_encoder(batch[INPUT_IDS[0]], return_dict=False)[0]}
 
 
-def _penultimate_and_pooled(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What both text encoders give before their last layer, the second's end, and the sizes.
+def _penultimate_and_pooled(model: Any, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What both text encoders give before their last layer, and the second's end.
 
-    Podell et al. 2023 (arXiv 2307.01952), 2.1 and 2.2.
+    Podell et al. 2023 (arXiv 2307.01952), 2.1.
     """
     first, second = (
         encoder(batch[tokens], output_hidden_states=True)
@@ -108,12 +126,7 @@ def _penultimate_and_pooled(model: Any, batch: Mapping[str, Tensor]) -> dict[str
         )
     )
     states = [output.hidden_states[-2] for output in (first, second)]
-    # Whole numbers, which the UNet turns into fp32: in 16 bits large sizes would be rounded.
-    time_ids = torch.cat([batch[name] for name in SIZES], dim=1)
-    return {
-        "encoder_hidden_states": torch.cat(states, dim=-1),
-        "added_cond_kwargs": {"text_embeds": second.text_embeds, "time_ids": time_ids},
-    }
+    return {ENCODED[0]: torch.cat(states, dim=-1), ENCODED[1]: second.text_embeds}
 
 
 _TOKENIZER = Part("tokenizer_config.json", None, ("CLIPTokenizer", "CLIPTokenizerFast"))
@@ -135,7 +148,7 @@ FAMILIES = {
             pipeline=StableDiffusionPipeline,
             text_encoders={"text_encoder": CLIPTextModel},
             tokenizers=("tokenizer",),
-            condition=_last_hidden_state,
+            encode=_last_hidden_state,
             drawing={
                 "safety_checker": None,
                 "feature_extractor": None,
@@ -150,7 +163,7 @@ FAMILIES = {
                 "text_encoder_2": CLIPTextModelWithProjection,
             },
             tokenizers=("tokenizer", "tokenizer_2"),
-            condition=_penultimate_and_pooled,
+            encode=_penultimate_and_pooled,
             time_ids=6,
             upcasts_vae=True,
             lacking=" It may be a refiner, which cannot be trained here.",

@@ -7,8 +7,9 @@ Frozen parts are loaded in the dtype of the forward pass; weights that will be t
 
 import inspect
 import logging
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +44,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def load_components(
     config: ModelConfig, weight_dtype: torch.dtype, cache_dir: str | None
 ) -> "Components":
-    """Fetch the pipeline where it is on the Hub, check it, and load its parts on the CPU.
+    """Fetch the pipeline where it is on the Hub, check it, and load its UNet on the CPU.
+
+    Other networks are loaded when they are first used.
 
     ``weight_dtype`` is the precision of forward passes (fp16 or bf16 under mixed precision, else
     fp32): that of all frozen parts but a VAE that needs more. Every part comes frozen and in eval
@@ -58,18 +61,18 @@ def load_components(
     unet_dtype = torch.float32 if config.train_mode == "full" else weight_dtype
     text_dtype = unet_dtype if config.train_text_encoder else weight_dtype
     load = partial(_load_part, variant=config.variant)
-    texts = {
-        name: load(cls, folder / name, dtype=text_dtype)
+    loaders = {
+        name: partial(load, cls, folder / name, dtype=text_dtype)
         for name, cls in family.text_encoders.items()
     }
+    loaders["vae"] = partial(load_vae, family, folder, config.variant, weight_dtype, vae_folder)
     tokenizers = {
         name: CLIPTokenizer.from_pretrained(folder, subfolder=name) for name in family.tokenizers
     }
     return Components(
         family=family,
         **tokenizers,
-        **texts,
-        vae=load_vae(family, folder, config.variant, weight_dtype, vae_folder),
+        loaders=loaders,
         unet=_load_part(UNet2DConditionModel, unet_folder, variant=unet_variant, dtype=unet_dtype),
         noise_scheduler=noise_scheduler,
         source=config.pretrained_model_name_or_path,
@@ -93,12 +96,12 @@ def load_vae(
     return _load_part(cls, path, variant=variant, dtype=dtype)
 
 
-def latent_size(vae: AutoencoderKL, resolution: int, source: str) -> int:
+def latent_size(vae_config: Mapping[str, Any], resolution: int, source: str) -> int:
     """Height and width of the latents of images of ``resolution`` pixels.
 
     Errors: `UserError`, naming the model's ``source``, if the VAE cannot halve them so often.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
     if resolution % factor:
         raise UserError(
             f"--resolution must be a multiple of {factor} for {source}; got {resolution}."
@@ -210,9 +213,8 @@ class Components:
     tokenizer: CLIPTokenizer
     tokenizer_2: CLIPTokenizer | None = None
     """Of XL alone, as is its text encoder."""
-    text_encoder: CLIPTextModel
-    text_encoder_2: CLIPTextModelWithProjection | None = None
-    vae: AutoencoderKL
+    loaders: Mapping[str, Callable[[], torch.nn.Module]]
+    """How VAE and text encoders are loaded, by part: each when it is first used."""
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     source: str
@@ -223,6 +225,58 @@ class Components:
     """Variant of the weights in ``folder``."""
     vae_folder: Path | None = None
     """Where the files of the VAE lie, if it is not the source's own."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where networks go when they are loaded, and where those are that are."""
+    memory_format: torch.memory_format = torch.preserve_format
+    """How weights of convolutions lie in memory, of all networks likewise."""
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def to(
+        self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
+    ) -> None:
+        """Move all networks and lay them out so, now or when they are loaded."""
+        self.device, self.memory_format = device, memory_format
+        for network in (self.unet, *self._loaded.values()):
+            self._place(network)
+
+    def release(self, *parts: str) -> None:
+        """Free the memory of networks; they are loaded again where they are used again.
+
+        Not for one that is trained.
+        """
+        for part in parts:
+            self._loaded.pop(part, None)
+
+    def _part(self, name: str) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = self._place(self.loaders[name]())
+        return self._loaded[name]
+
+    def _place(self, network: Model) -> Model:
+        return network.to(device=self.device, memory_format=self.memory_format)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder."""
+        return self._part("vae")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """The VAE's config, for which its weights need not be loaded."""
+        folder, _ = locate("vae", self.folder, self.variant, self.vae_folder)
+        given = inspect.signature(AutoencoderKL.__init__).parameters.values()
+        defaults = {p.name: p.default for p in given if p.default is not p.empty}
+        return defaults | read_json(folder / PARTS["vae"].config)
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        """The text encoder, in XL the first."""
+        return self._part("text_encoder")
+
+    @property
+    def text_encoder_2(self) -> CLIPTextModelWithProjection | None:
+        """The second text encoder of XL."""
+        return self._part("text_encoder_2") if "text_encoder_2" in self.loaders else None
 
     @property
     def tokenize(self) -> Tokenize:
@@ -246,4 +300,4 @@ class Components:
 
     def latent_size(self, resolution: int) -> int:
         """Height and width of the latents of images of ``resolution`` pixels."""
-        return latent_size(self.vae, resolution, self.source)
+        return latent_size(self.vae_config, resolution, self.source)

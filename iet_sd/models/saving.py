@@ -111,6 +111,8 @@ def _lora_state(part: str, module: Module) -> dict[str, Tensor]:
     convolutions, and its loader takes names of one kind alone.
     """
     state = get_peft_model_state_dict(module, adapter_name=ADAPTER, save_embedding_layers=False)
+    # A file takes no other memory format (--channels_last).
+    state = {name: tensor.contiguous() for name, tensor in state.items()}
     if part == UNET:
         named = {".lora_A.": ".lora.down.", ".lora_B.": ".lora.up."}
         return {re.sub(r"\.lora_[AB]\.", lambda m: named[m[0]], n): t for n, t in state.items()}

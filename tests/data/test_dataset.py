@@ -9,7 +9,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPTokenizer
 
-from iet_sd.data.dataset import TrainingImages, collate, loader
+from iet_sd.data.dataset import Loader, TrainingImages, collate
 from iet_sd.data.shards import Visit, batches, visits
 from iet_sd.data.sources import load_source
 from iet_sd.errors import UserError
@@ -56,7 +56,8 @@ def batches_for(dataset, size=4):
 
 
 def loaded(dataset, number, num_workers):
-    return list(islice(loader(dataset, batches_for(dataset), num_workers, False), number))
+    loader = Loader(dataset, num_workers, pin_memory=False)
+    return list(islice(loader.batches(batches_for(dataset)), number))
 
 
 def test_example(images):
@@ -71,7 +72,7 @@ def test_example(images):
 
 
 def test_long_caption_is_cut(images):
-    tokens = images().tokenize("a " * 20)
+    tokens = images().read("a " * 20)
     assert tokens["input_ids"].tolist() == [0, 2, 2, 2, 2, 1]
 
 
@@ -151,14 +152,41 @@ def test_workers_give_the_same_batches_and_end(images, start_method):
     expected = loaded(dataset, 6, num_workers=0)
     assert len({batch["pixel_values"].shape for batch in expected}) > 1
     number = 2 if start_method == "fork" else 1  # the others import all anew
-    loading = loader(dataset, batches_for(dataset), number, pin_memory=False)
+    loader = Loader(dataset, number, pin_memory=False)
+    loading = loader.batches(batches_for(dataset))
     assert all(equal(*pair) for pair in zip(islice(loading, 6), expected, strict=True))
     workers = multiprocessing.active_children()
     assert len(workers) == number
-    del loading
+    loading.close()
+    loader.close()
+    assert ended(workers)
+
+
+def ended(workers):
     for worker in workers:
         worker.join(timeout=10)
-    assert not any(worker.is_alive() for worker in workers)
+    return not any(worker.is_alive() for worker in workers)
+
+
+def test_workers_outlive_a_stream_and_drop_what_they_read_ahead(images):
+    """Of each stream a few batches, while the workers have read on; an image among them is bad."""
+    dataset = images(check_images="none")
+    Path(dataset.source.dataset[1]["image"]["path"]).write_text("words")
+    loader, workers = Loader(dataset, 2, pin_memory=False), []
+    for number in (1, 3, 2):
+        good = [[Visit(0, 10 * number + i)] for i in range(number)]
+        stream = loader.batches(iter([*good, *[[Visit(1, 0)]] * 9]))
+        expected = [collate([dataset[visit] for visit in visits]) for visits in good]
+        assert all(equal(*pair) for pair in zip(islice(stream, number), expected, strict=True))
+        stream.close()
+        workers.append({worker.pid for worker in multiprocessing.active_children()})
+    assert len(workers[0]) == 2
+    assert workers[0] == workers[1] == workers[2]
+    with pytest.raises(UserError, match="not an image"):
+        next(loader.batches(iter([[Visit(1, 0)]])))
+    left = multiprocessing.active_children()
+    del loader, stream
+    assert ended(left)
 
 
 def test_sizes_of_a_batch(images):

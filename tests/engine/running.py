@@ -18,6 +18,8 @@ RUN = {
     "lr_scheduler": "cosine",
     "agc_threshold": 1.0,
     "bank_bins": 1,
+    # Every step with something to train is an update.
+    "taa_min_batch": 0.0,
 }
 
 

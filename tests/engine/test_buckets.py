@@ -12,8 +12,9 @@ from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import Visit, batches
 from iet_sd.engine import plan
-from iet_sd.engine.rounds import ShardDone, StepDone
-from iet_sd.engine.step import Memory, Pending, accumulate_gradient, augmented_loss
+from iet_sd.engine.rounds import ShardDone
+from iet_sd.engine.second_pass import prepare
+from iet_sd.engine.step import Memory, Pending, accumulate_gradient
 from iet_sd.method.agc import empty_bank
 from iet_sd.presets import stand_for
 from tests.compare import equal
@@ -47,6 +48,14 @@ def gradients(trainer):
     return found
 
 
+def augmented_loss(trainer, taken):
+    """Of each sample, weighted, with index and timestep."""
+    objective = trainer.objective
+    parts = prepare(objective, taken, trainer.config.method, trainer.dataset)
+    losses = [objective.weight(objective.loss_of(part), part.timesteps) for part in parts]
+    return torch.cat(losses), [sample for part in parts for sample in part.samples]
+
+
 def never(what, samples):
     raise AssertionError(f"the {what} of {samples} is not finite")
 
@@ -54,16 +63,16 @@ def never(what, samples):
 @pytest.mark.parametrize("redraw", [False, True])
 def test_a_second_pass_of_several_sizes_is_that_of_each_alone(redraw, trainer_for, settings):
     trainer, _ = trainer_for(settings(**BUCKETS, taa_redraw_timestep=redraw, snr_gamma=5.0))
-    method, dataset = trainer.config.method, trainer.dataset
+    dataset = trainer.dataset
     taken = [Pending(i, 60 * i, 100 + i, 1 - i / 10) for i in (4, 0, 3, 7, 2, 5)]
     assert len({dataset.source.sizes[p.index] for p in taken}) == 3
-    loss_Q, samples = augmented_loss(trainer.objective, taken, method, dataset)
+    loss_Q, samples = augmented_loss(trainer, taken)
     loss_Q.sum().backward()
     together = gradients(trainer)
 
     alone = {}
     for pending in taken:
-        (loss,), (sample,) = augmented_loss(trainer.objective, [pending], method, dataset)
+        (loss,), (sample,) = augmented_loss(trainer, [pending])
         loss.backward()
         alone[sample] = loss.detach()
     assert sorted(samples) == sorted(alone)
@@ -77,9 +86,8 @@ def test_a_second_pass_of_several_sizes_is_that_of_each_alone(redraw, trainer_fo
 def test_a_second_pass_of_one_size_is_one_batch(trainer_for, settings):
     """Bit for bit."""
     trainer, _ = trainer_for(settings())
-    method = trainer.config.method
     taken = [Pending(i, 60 * i, 100 + i, 0.5) for i in (4, 0, 3, 7, 2)]
-    loss_Q, samples = augmented_loss(trainer.objective, taken, method, trainer.dataset)
+    loss_Q, samples = augmented_loss(trainer, taken)
     visits = [Visit(p.index, p.seed) for p in taken]
     batch = collate([trainer.dataset.example(visit, 2.5, 2) for visit in visits])
     timesteps = torch.tensor([p.timestep for p in taken])
@@ -116,14 +124,14 @@ def test_a_batch_has_one_size_and_all_members_have_their_turn(trainer_for, setti
     config = settings(**BUCKETS, method="none", repeats_column="n", num_rounds=1, steps_per_round=6)
     trainer, state = trainer_for(config)
     seen, shapes = [], set()
-    score = trainer.objective.loss
+    score = trainer.objective.prepare
 
     def watch(batch, timesteps, purpose):
         seen.extend(batch["index"].tolist())
         shapes.add(tuple(batch["pixel_values"].shape))
         return score(batch, timesteps, purpose)
 
-    trainer.objective.loss = watch
+    trainer.objective.prepare = watch
     (done,) = [event for event in trainer.run(state) if isinstance(event, ShardDone)]
     # 18 visits: 8, 5 and 5 of a size, which 2 batches of 4 hold, or 2 of 4 and 1.
     assert shapes == {
@@ -175,18 +183,15 @@ def test_images_of_one_shape_train_as_without_buckets(train, images, tmp_path):
     assert equal(train(**given)[0], train(**given, **BUCKETS)[0])
 
 
-def test_workers_change_nothing_and_end_with_their_shard(trainer_for, settings):
+def test_workers_change_nothing_live_through_all_rounds_and_end_with_the_run(trainer_for, settings):
     given = {"num_shards": 2, "num_rounds": 2, "steps_per_round": 3, "dataloader_num_workers": 2}
     config = settings(**given, **BUCKETS, **CAPTIONS)
     trainer, state = trainer_for(config)
-    busy = []
-    for event in trainer.run(state):
-        children = multiprocessing.active_children()
-        if isinstance(event, StepDone):
-            busy.append(len(children))
-        else:
-            assert children == []
-    assert busy == [2] * 12
+    workers = set()
+    for _ in trainer.run(state):
+        workers |= {child.pid for child in multiprocessing.active_children()}
+    assert len(workers) == 2
+    assert multiprocessing.active_children() == []
     given["dataloader_num_workers"] = 0
     alone, state = trainer_for(settings(**given, **BUCKETS, **CAPTIONS))
     list(alone.run(state))

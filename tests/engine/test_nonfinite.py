@@ -17,6 +17,7 @@ from iet_sd.method.agc import empty_bank
 from iet_sd.presets import PRESETS
 from tests.compare import equal
 from tests.engine.test_reduction import PLAIN, plain_diffusers
+from tests.engine.test_step import FAR, NEAR, RATIOS, SKIPPED, filled_bank, losses_of
 
 MODES = [{}, {"train_mode": "lora", "rank": 2}]
 SAMPLE = 5
@@ -38,13 +39,13 @@ def poisoned_image(monkeypatch):
 
 def poison_gradients(trainer, value):
     """Every batch with one sample gives a gradient that is no number, of a loss that is one."""
-    poisoned, loss = [], trainer.objective.loss
+    poisoned, loss_of = [], trainer.objective.loss_of
 
-    def watch(batch, *args):
-        poisoned[:] = [SAMPLE] if SAMPLE in batch["index"] else []
-        return loss(batch, *args)
+    def watch(prepared):
+        poisoned[:] = [index for index, _ in prepared.samples if index == SAMPLE]
+        return loss_of(prepared)
 
-    trainer.objective.loss = watch
+    trainer.objective.loss_of = watch
     first = next(iter(trainer.parameters.values()))
     first.register_hook(lambda gradient: gradient * value if poisoned else gradient)
 
@@ -125,10 +126,19 @@ def test_batches_left_out_for_their_gradient_are_as_if_they_were_not_there(
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["full", "lora"])
-@pytest.mark.parametrize("preset", ["corrected", "paper"])
-def test_the_whole_method_goes_on_without_them(mode, preset, settings, trainer_for, poisoned_image):
-    given = {"num_shards": 2, "steps_per_round": 4, "preset": preset, "on_nonfinite": "skip_batch"}
-    trainer, state = trainer_for(settings(**mode, **given))
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"preset": "corrected"},
+        {"preset": "paper"},
+        {"score_pass": "separate"},
+        {"refill_skipped": True},
+    ],
+    ids=str,
+)
+def test_the_whole_method_goes_on_without_them(mode, way, settings, trainer_for, poisoned_image):
+    given = {"num_shards": 2, "steps_per_round": 4, "on_nonfinite": "skip_batch"}
+    trainer, state = trainer_for(settings(**mode, **given, **way))
     rounds = [event for event in trainer.run(state) if isinstance(event, RoundDone)]
     assert sum(shard.counts.nonfinite for event in rounds for shard in event.shards) > 0
     assert all_finite(state)
@@ -136,8 +146,8 @@ def test_the_whole_method_goes_on_without_them(mode, preset, settings, trainer_f
 
 def test_a_round_of_nothing_but_bad_batches_ends(settings, trainer_for):
     trainer, state = trainer_for(settings(**PLAIN, on_nonfinite="skip_batch"))
-    loss = trainer.objective.loss
-    trainer.objective.loss = lambda *args: loss(*args) * math.nan
+    loss_of = trainer.objective.loss_of
+    trainer.objective.loss_of = lambda prepared: loss_of(prepared) * math.nan
     before = {name: tensor.clone() for name, tensor in state.weights.items()}
     done = next(event for event in trainer.run(state) if isinstance(event, ShardDone))
     assert (done.counts.updates, done.counts.nonfinite) == (0, 50)
@@ -150,7 +160,7 @@ def test_only_the_second_pass_is_left_out_where_only_that_is_bad(settings, train
     order = visits(0, 1, 0, range(16))
     seen = collate([trainer.dataset[next(order)] for _ in range(8)])
     method = MethodConfig(**PRESETS["corrected"] | {"bank_bins": 1, "taa_sharpness": 0.1})
-    loss = trainer.objective.loss
+    prepare = trainer.objective.prepare
 
     def run(told):
         memory = Memory(empty_bank(1))
@@ -171,10 +181,13 @@ def test_only_the_second_pass_is_left_out_where_only_that_is_bad(settings, train
     index, timestep = good.trained[-1]  # the augmented ones come last
 
     def poisoned(batch, timesteps, purpose):
+        prepared = prepare(batch, timesteps, purpose)
         bad = (batch["index"] == index) & (purpose == "augmented")
-        return loss(batch, timesteps, purpose) * torch.where(bad, math.nan, 1.0)
+        return prepared._replace(
+            target=prepared.target * torch.where(bad, math.nan, 1.0)[:, None, None, None]
+        )
 
-    trainer.objective.loss, told = poisoned, []
+    trainer.objective.prepare, told = poisoned, []
     done, memory = run(told)
     assert told == [("loss", [(index, timestep)])]
     assert (done.counts.nonfinite, done.counts.augmented, done.counts.strength_sum) == (1, 0, 0.0)
@@ -183,6 +196,44 @@ def test_only_the_second_pass_is_left_out_where_only_that_is_bad(settings, train
     assert torch.equal(done.skipped, good.skipped)
     assert torch.equal(memory.bank.value_T, remembered.bank.value_T)
     assert memory.queue == remembered.queue == []
+
+
+@pytest.mark.parametrize("purpose", ["score", "augmented"])
+def test_a_second_pass_of_both_kinds_is_left_out_whole(purpose, settings, trainer_for):
+    """Where it is the only one; whatever it is of that is bad, that sample alone is named."""
+    trainer, state = trainer_for(settings(num_shards=1, train_batch_size=8, msr=False))
+    order = visits(0, 1, 0, range(16))
+    seen = collate([trainer.dataset[next(order)] for _ in range(8)])
+    losses, timesteps = losses_of(trainer, seen)
+    memory = Memory(filled_bank(losses.detach(), timesteps, RATIOS))
+    given = {"bank_bins": 1000, "score_pass": "separate"}
+    method = MethodConfig(**PRESETS["corrected"] | given)
+    bad = (FAR if purpose == "score" else NEAR)[0]
+    sample = int(seen["index"][bad]), int(timesteps[bad])
+    loss_of, told = trainer.objective.loss_of, []
+
+    def poisoned(prepared):
+        loss_Q = loss_of(prepared)
+        if len(prepared.samples) == 8:  # scoring
+            return loss_Q
+        at = torch.tensor([found == sample for found in prepared.samples])
+        return torch.where(at, math.nan, loss_Q)
+
+    trainer.objective.loss_of = poisoned
+    done = accumulate_gradient(
+        trainer.objective,
+        seen,
+        memory,
+        method,
+        trainer.dataset,
+        state.proxies[0].backward,
+        lambda what, samples: told.append((what, samples)),
+    )
+    assert told == [("loss", [sample])]
+    assert (done.trained, done.counts.trained, done.counts.augmented) == ([], 0, 0)
+    assert (done.counts.nonfinite, done.counts.scored, done.counts.backward) == (1, 8, 0)
+    assert done.skipped.tolist() == seen["index"][SKIPPED].tolist()
+    assert all(p.grad is None for p in trainer.parameters.values())
 
 
 def test_an_overflow_of_fp16_stays_what_it_is(settings, trainer_for):

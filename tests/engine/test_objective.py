@@ -5,8 +5,8 @@ import torch
 
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import visits
-from iet_sd.engine import step
 from iet_sd.engine.rounds import ShardDone
+from iet_sd.engine.second_pass import Pending, prepare
 from iet_sd.engine.step import Memory, accumulate_gradient
 from iet_sd.errors import UserError
 from iet_sd.method.agc import empty_bank
@@ -149,7 +149,7 @@ def test_the_schedule_counts_updates_whatever_is_accumulated(schedule, train, pi
 def test_dream_counts_the_pass_that_it_costs(train):
     """On a first and on a second, augmented pass."""
     given = {"num_shards": 1, "msr": False, "num_rounds": 1, "steps_per_round": 4}
-    given |= {"bank_bins": 1, "taa_sharpness": 0.5}
+    given |= {"bank_bins": 1, "taa_sharpness": 0.5, "score_pass": "train"}
     for dream, passes in ((False, 1), (True, 2)):
         _, events = train(**given, dream_training=dream)
         (done,) = [event for event in events if isinstance(event, ShardDone)]
@@ -186,9 +186,9 @@ def test_the_second_pass_has_the_option_too(name, settings, trainer_for):
     for options in ({}, given, given):
         config = settings(num_shards=1, msr=False, **options)
         trainer, _ = trainer_for(config)
-        taken = [step.Pending(i, 500, 100 + i, 0.5) for i in range(3)]
-        loss_Q, _ = step.augmented_loss(trainer.objective, taken, config.method, trainer.dataset)
-        losses.append(loss_Q.detach())
+        taken = [Pending(i, 500, 100 + i, 0.5) for i in range(3)]
+        (seen,) = prepare(trainer.objective, taken, config.method, trainer.dataset)
+        losses.append(trainer.objective.loss_of(seen).detach())
     assert not torch.isclose(losses[0], losses[1], rtol=1e-6).any()
     assert torch.equal(losses[1], losses[2])
 

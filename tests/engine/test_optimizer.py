@@ -3,9 +3,11 @@
 import importlib.util
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
+from peft.import_utils import is_bnb_available
 
 from iet_sd.engine.optimizer import check_optimizer, make_optimizer, put_state, state_of
 from iet_sd.engine.proxy import MOMENTS, part
@@ -62,6 +64,7 @@ KINDS = {
 @pytest.fixture
 def bitsandbytes(monkeypatch):
     """An importable package of that name, with the given AdamW8bit."""
+    is_bnb_available()  # peft looks once, and is not to find this one
 
     def install(optimizer):
         package = types.ModuleType("bitsandbytes")
@@ -104,6 +107,74 @@ def test_it_is_resumed_exactly(settings, trainer_for, bitsandbytes, tmp_path):
     assert equal(running.weights(again), running.weights(trainer))
 
 
+def test_one_kernel_over_rounds_is_one_optimizer_that_never_left(
+    settings, trainer_for, pipelines, images
+):
+    plain = Plain(pipelines["sd1"], images, 2, adamw=partial(torch.optim.AdamW, fused=True))
+    for round in (1, 2):
+        plain.train(3, round)
+    given = PLAIN | LORA | {"num_rounds": 2, "steps_per_round": 3, "fused_adamw": True}
+    trainer, state = trainer_for(settings(**given))
+    list(trainer.run(state))
+    assert equal(state.weights, plain.weights)
+    other, _ = trainer_for(settings(**given | {"fused_adamw": None}))
+    list(other.run(other.start(state.shard_of_N)))
+    assert all(
+        torch.allclose(other.parameters[name], tensor, atol=1e-6)
+        for name, tensor in state.weights.items()
+    )
+
+
+@pytest.mark.parametrize("proxy_optimizer", ["keep", "average"])
+def test_one_kernel_is_resumed_exactly(proxy_optimizer, settings, trainer_for, tmp_path):
+    run = running.RUN | LORA | {"num_rounds": 2, "msr": False, "proxy_optimizer": proxy_optimizer}
+    config = settings(**run, fused_adamw=True, checkpointing_steps=2)
+    trainer, state = trainer_for(config)
+    list(trainer.run(state))
+    running.run(config, tmp_path / "stopped", trainer_for, stop_at=11)
+    again, _ = running.run(running.resuming(config), tmp_path / "stopped", trainer_for)
+    assert equal(running.weights(again), running.weights(trainer))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_count_is_where_the_optimizer_counts(fused):
+    """On a device that is no CPU: one kernel counts there, and other code on the CPU."""
+    weight = torch.empty(4, 3, 2, 2, device="meta").to(memory_format=torch.channels_last)
+    parameters = {"a": torch.nn.Parameter(weight)}
+    # No device but a CPU is sure to be here, and a fused optimizer refuses this one.
+    optimizer = torch.optim.AdamW(parameters.values())
+    optimizer.defaults["fused"] = fused
+    state = {"a/step": torch.tensor(3.0), "a/exp_avg": torch.ones(4, 3, 2, 2)}
+    put_state(optimizer, parameters, state)
+    remembered = optimizer.state[parameters["a"]]
+    assert remembered["step"].device.type == ("meta" if fused else "cpu")
+    assert remembered["exp_avg"].device.type == "meta"
+    assert remembered["exp_avg"].stride() == weight.stride()
+
+
+def test_a_gradient_that_overflows_is_skipped_by_one_kernel_too():
+    """fp16: the scaler tells a fused optimizer, which then changes nothing but the scale."""
+    found = {}
+    for fused in (None, True):
+        weight = torch.nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        steps = []
+        for gradient in (1.0, float("inf"), 2.0):
+            scaler.scale(weight.sum() * gradient).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_([weight], 10.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            steps += [
+                (*weight.tolist(), scaler.get_scale(), float(optimizer.state[weight]["step"]))
+            ]
+        found[fused] = steps
+    assert found[True] == [pytest.approx(step, abs=1e-6) for step in found[None]]
+    assert [step[-2:] for step in found[True]] == [(4.0, 1.0), (2.0, 1.0), (2.0, 2.0)]
+
+
 def test_state_keeps_its_types():
     parameters = {"a": torch.nn.Parameter(torch.ones(3)), "b": torch.nn.Parameter(torch.ones(2))}
     optimizer = EightBits([*parameters.values()], 1e-3, (0.9, 0.999), 0.0, 1e-8)
@@ -139,6 +210,16 @@ def test_the_flag_chooses_the_class_and_passes_the_settings_on(settings, bitsand
     adamw = make_optimizer(groups, settings(**given).training, 0.25)
     assert type(adamw) is torch.optim.AdamW
     assert {k: adamw.defaults[k] for k in expected} == expected
+    assert not adamw.defaults["fused"], "on a CPU it is PyTorch's plain AdamW"
+    for fused in (False, True):
+        adamw = make_optimizer(groups, settings(fused_adamw=fused).training, 0.25)
+        assert bool(adamw.defaults["fused"]) is fused
+
+
+def test_one_kernel_and_eight_bits_are_refused_together(settings):
+    with pytest.raises(UserError, match=r"--fused_adamw .* --use_8bit_adam .*give one of them"):
+        settings(use_8bit_adam=True, fused_adamw=True)
+    settings(use_8bit_adam=True, fused_adamw=False)
 
 
 def test_averages_of_codes_are_refused(settings):

@@ -81,7 +81,7 @@ def test_the_most_skipped_move_in_odd_rounds_and_none_is_lost(trainer_for, setti
 
 
 def test_events_tell_of_every_step(train):
-    _, events = train(num_shards=2, num_rounds=2, steps_per_round=3)
+    _, events = train(num_shards=2, num_rounds=2, steps_per_round=3, score_pass="train")
     steps = [e for e in events if isinstance(e, StepDone)]
     assert [(e.round, e.shard, e.step) for e in steps] == [
         (r, s, p) for r in (1, 2) for s in (0, 1) for p in (1, 2, 3)

@@ -104,6 +104,7 @@ def test_both_captions_and_all_sizes_count(objective):
     tokens = objective.components.tokenize.batch(PROMPTS)
     whole = {
         "pixel_values": torch.zeros(2, 3, RESOLUTION, RESOLUTION),
+        "index": torch.tensor([0, 1]),
         "seed": torch.tensor([5, 6]),
         **tokens,
         **whole_image(RESOLUTION, 2),

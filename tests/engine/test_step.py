@@ -8,7 +8,8 @@ import torch
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import Visit, visits
-from iet_sd.engine.step import Memory, Pending, accumulate_gradient, decide, take
+from iet_sd.engine.second_pass import Pending, take_or_drop
+from iet_sd.engine.step import Memory, accumulate_gradient, decide
 from iet_sd.method.agc import Bank, empty_bank
 from iet_sd.presets import PRESETS, stand_for
 
@@ -48,17 +49,27 @@ RATIOS = [0.5, 0.7, 0.801, 0.85, 1.0, 1.5, 2.0, 3.0]
 SKIPPED, NEAR, FAR = [0, 1], [2, 3, 4], [5, 6, 7]
 
 
-def test_corrected_trains_far_samples_directly_and_near_ones_augmented(batch):
+@pytest.mark.parametrize(
+    ("score_pass", "cost"),
+    [
+        # 8 are scored, 3 of them augmented; the 3 others have a backward pass of 8, or their own.
+        ("train", (8 + 3, 8 + 3, 8 + 3)),
+        ("separate", (8 + 3 + 3, 3 + 3, 8 + 3)),
+        ("auto", (8 + 3 + 3, 3 + 3, 8 + 3)),
+    ],
+)
+def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(score_pass, cost, batch):
     trainer, proxy, seen = batch
     losses, timesteps = losses_of(trainer, seen)
     memory = Memory(filled_bank(losses.detach(), timesteps, RATIOS))
-    method = MethodConfig(**PRESETS["corrected"] | {"bank_bins": 1000})
+    given = {"bank_bins": 1000, "score_pass": score_pass}
+    method = MethodConfig(**PRESETS["corrected"] | given)
     counts, skipped, _ = accumulate_gradient(
         trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, never
     )
     assert skipped.tolist() == seen["index"][SKIPPED].tolist()
     assert (counts.skipped, counts.trained, counts.augmented, counts.dropped) == (2, 6, 3, 0)
-    assert (counts.forward, counts.backward, counts.encoded) == (11, 11, 11)
+    assert (counts.forward, counts.backward, counts.encoded) == cost
     got = gradients(trainer)
 
     # By hand: the strength is exp(-5 |ratio / 0.8 - 1|), the magnitude 5 times that.
@@ -164,16 +175,13 @@ def test_decisions_equal_a_loop_over_batches(preset):
         assert bank.visits_T.tolist() == visited
 
 
-def test_the_queue():
+def test_the_queue_of_the_authors_code():
     pending = [Pending(i, i, i, 0.5) for i in range(5)]
     queue = pending[:3]
-    assert take(queue, 4, "drop") == ([], 0)
+    assert take_or_drop(queue, 4) == ([], 0)
     assert queue == pending[:3]
     queue = list(pending)
-    assert take(queue, 4, "drop") == (pending[:4], 1)
-    assert queue == []
-    queue = list(pending)
-    assert take(queue, 4, "train") == (pending, 0)
+    assert take_or_drop(queue, 4) == (pending[:4], 1)
     assert queue == []
 
 

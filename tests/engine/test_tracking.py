@@ -106,7 +106,7 @@ def test_the_round_is_the_sum_of_its_shards_and_ratios_are_of_sums(tmp_path):
 def test_lines_of_a_real_run(train, tmp_path):
     """The counts of an event fit each other, and the moves those of the membership."""
     # One bin and the mean itself as threshold: about half of the samples are skipped.
-    skipping = {"agc_threshold": 1.0, "bank_bins": 1}
+    skipping = {"agc_threshold": 1.0, "bank_bins": 1, "score_pass": "train"}
     _, events = train(num_shards=2, num_rounds=3, steps_per_round=4, **skipping)
     metrics = MetricsFile(tmp_path / "metrics.jsonl", [])
     rounds = [event for event in events if isinstance(event, RoundDone)]

@@ -1,0 +1,187 @@
+"""What is encoded once: which of images and captions can be, and the encoding.
+
+The latent of a cached image is drawn anew in every visit, from the same posterior, and a caption's
+embedding is what its encoder gives: training with caches equals training without, to rounding,
+wherever `why_not` finds nothing to say.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from iet_sd.config import Config
+from iet_sd.data.cache import Row, Table, cache_root, fill, open_table
+from iet_sd.data.captions import readable, texts
+from iet_sd.data.checks import cells
+from iet_sd.data.dataset import Loader, TrainingImages
+from iet_sd.data.latents import Latents, Texts, Variants, crops_drawn, pieces
+from iet_sd.data.sources import Source
+from iet_sd.engine.collectives import from_main, together
+from iet_sd.engine.objective import posterior
+from iet_sd.engine.plan import weight_dtype
+from iet_sd.errors import UserError
+from iet_sd.models.fingerprint import fingerprint
+from iet_sd.models.loading import Components
+
+logger = logging.getLogger(__name__)
+# Of both tables: changed when what a row holds comes to mean something else.
+_VERSION = 1
+# What one pass of the VAE may hold: 8 images of 512 x 512.
+_PIXELS = 8 * 512 * 512
+_CAPTIONS = 32
+
+
+def why_not(config: Config, source: Source) -> dict[str, str]:
+    """Why images, or captions, cannot be encoded once; nothing of what can be.
+
+    Errors: `UserError` for ``--cache on`` where anything cannot.
+    """
+    data, reasons = config.data, {}
+    if data.cache == "off":
+        return dict.fromkeys(("images", "captions"), "--cache off")
+    if None in source.digests:
+        reasons["images"] = "--check_images none leaves unknown what they hold"
+    elif crops_drawn(source, data) and data.cache_crops is None:
+        reasons["images"] = (
+            "a random crop is cut from them: choose how many are kept of each by --cache_crops, or "
+            "use --center_crop"
+        )
+    if config.model.train_text_encoder:
+        reasons["captions"] = "--train_text_encoder changes what they are encoded to"
+    elif data.shuffle_caption:
+        reasons["captions"] = "--shuffle_caption makes new ones in every visit"
+    if reasons and data.cache == "on":
+        listed = "; ".join(f"{what}, as {reason}" for what, reason in reasons.items())
+        raise UserError(
+            f"--cache on: cannot encode once and for all {listed}. Use --cache auto, which keeps "
+            "what can be kept."
+        )
+    return reasons
+
+
+def cached_images(
+    config: Config,
+    source: Source,
+    components: Components,
+    visits: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> TrainingImages:
+    """The samples for training, encoded beforehand where that can be and pays.
+
+    Frozen networks that training needs no more are freed, or not even loaded; the others are loaded
+    now. All processes take part, and share the work.
+
+    visits: looks at samples in the whole run; to encode more than that beforehand would not pay.
+    Errors: `UserError` for ``--cache on`` where that cannot be, and for a damaged file.
+    """
+    data, reasons, always = config.data, why_not(config, source), config.data.cache == "on"
+    variants = None if "images" in reasons else Variants(source, data)
+    if variants is not None and not always and len(variants) > visits:
+        reasons["images"] = "there are more views of them than visits"
+    captions = [] if "captions" in reasons else _captions(source, config)
+    if not always and len(captions) > visits:
+        reasons["captions"] = "there are more of them than visits"
+    read, latents = components.tokenize, None
+    if "captions" not in reasons:
+        encoders = (*components.family.text_encoders, *components.family.tokenizers)
+        keyed = partial(_table, config, components, "texts", encoders, captions, [len(captions)])
+        table = from_main(keyed, process_index, num_processes)
+        _fill(table, partial(_encode_captions, components, captions), process_index, num_processes)
+        read = Texts(captions, table)
+    if "images" not in reasons:
+        keyed = partial(
+            _table, config, components, "latents", ("vae",), variants.describe(), variants.groups
+        )
+        table = from_main(keyed, process_index, num_processes)
+        workers = config.training.dataloader_num_workers
+        encode = partial(_encode_images, components, variants, workers)
+        _fill(table, encode, process_index, num_processes)
+        latents = Latents(variants, table)
+    for what, reason in reasons.items():
+        logger.info("%s are encoded in every visit: %s", what, reason)
+    _keep(components, "vae", latents is None or config.method.taa)
+    for name in components.family.text_encoders:
+        _keep(components, name, "captions" in reasons)
+    return TrainingImages(source, read, data, latents)
+
+
+def _keep(components: Components, part: str, needed: bool) -> None:
+    """Load what training needs now, not in its midst; free what it doesn't."""
+    if needed:
+        getattr(components, part)
+    else:
+        components.release(part)
+
+
+def _fill(
+    table: Table, make: Callable[[range], Iterator[Row]], process_index: int, num_processes: int
+) -> None:
+    """Make what is missing of a table, each process a share of the files."""
+    missing = from_main(table.missing, process_index, num_processes)
+    mine = missing[process_index::num_processes]
+    bar = tqdm(
+        total=sum(len(rows) for _, rows in mine),
+        desc=f"Encoding {table.kind}",
+        disable=not mine or process_index > 0,
+    )
+    with bar, torch.no_grad():
+        together(lambda: fill(mine, make, bar.update), num_processes)
+
+
+def _table(
+    config: Config,
+    components: Components,
+    kind: str,
+    parts: Sequence[str],
+    rows: Any,
+    groups: Sequence[int],
+) -> Table:
+    """The table of rows that ``rows`` describes, made by ``parts`` of the model."""
+    dtype = weight_dtype(config.training.mixed_precision)
+    if kind == "latents":
+        dtype = components.family.vae_dtype(components.vae_config, dtype)
+    files = components.folder, components.variant, components.vae_folder
+    depends_on = {
+        "version": _VERSION,
+        "weights": fingerprint(*files, parts),
+        "dtype": str(dtype),
+        "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "number": sum(groups),
+    }
+    return open_table(cache_root(config.data.cache_dir), kind, depends_on, groups)
+
+
+def _captions(source: Source, config: Config) -> list[str]:
+    """All captions that a visit may read, sorted."""
+    found = set()
+    columns = source.sample_ids, cells(source.dataset, source.caption_column)
+    for name, value in zip(*columns, strict=True):
+        found |= readable(texts(value, name), config.data)
+    return sorted(found)
+
+
+def _encode_captions(components: Components, captions: Sequence[str], rows: range) -> Iterator[Row]:
+    for piece in pieces(rows, _CAPTIONS):
+        tokens = components.tokenize.batch([captions[row] for row in piece])
+        on_device = {name: t.to(components.device) for name, t in tokens.items()}
+        yield components.family.encode(components, on_device)
+
+
+def _encode_images(
+    components: Components, variants: Variants, workers: int, rows: range
+) -> Iterator[Row]:
+    height, width = variants.size_of(rows[0])
+    batches = pieces(rows, max(1, _PIXELS // (height * width)))
+    pictures = Loader(variants, workers, components.device.type == "cuda")
+    with closing(pictures):
+        for batch in pictures.batches(batches):
+            mean, std = posterior(components.vae, batch.pop("pixel_values"), components.device)
+            yield {"latent_mean": mean, "latent_std": std, **batch}

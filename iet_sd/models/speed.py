@@ -1,0 +1,45 @@
+"""What makes passes through the networks faster and changes no more than rounding."""
+
+import torch
+from torch import Tensor
+
+from iet_sd.config import ModelConfig
+from iet_sd.errors import UserError
+from iet_sd.models.loading import Components
+
+
+def check_compile(config: ModelConfig, device: torch.device) -> None:
+    """`UserError` when ``torch_compile`` is asked for and cannot work here; needs no model.
+
+    A small function is compiled for ``device``, as only that finds all that may be missing: the
+    compiler, Python's headers, Triton.
+    """
+    if not config.torch_compile:
+        return
+    try:
+        torch.compile(_small)(torch.ones(8, device=device))
+    except Exception as error:  # whatever compilers and their callers raise
+        reason = next(iter(str(error).splitlines()), "it does not say why")
+        raise UserError(
+            f"--torch_compile does not work here, because {type(error).__name__}: {reason}. It "
+            "needs a C++ compiler and Python's headers (on Debian and Ubuntu: apt-get install g++ "
+            "python3-dev; the variable CXX names another compiler), and on a GPU Triton. Or train "
+            "without the flag."
+        ) from error
+
+
+def place(components: Components, config: ModelConfig, device: torch.device) -> None:
+    """Move the networks to ``device``, in ``channels_last`` or not; the UNet's first call compiles.
+
+    All in place: modules, parameters and their names stay.
+    """
+    channels_last = config.channels_last
+    if channels_last is None:
+        channels_last = device.type == "cuda"
+    components.to(device, torch.channels_last if channels_last else torch.preserve_format)
+    if config.torch_compile:
+        components.unet.compile(mode=config.torch_compile_mode)
+
+
+def _small(numbers: Tensor) -> Tensor:
+    return numbers.sin() + 1
