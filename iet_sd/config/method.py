@@ -71,7 +71,7 @@ class MethodConfig:
     taa_strength: Literal["sample", "batch"] = "sample"
     """Each sample's own strength, or the mean over the batch cut to a whole magnitude."""
     taa_min_strength: float = 0.1
-    """Below this strength a sample is trained from the scoring pass itself, not augmented."""
+    """Below this strength a sample is trained as it was scored, not augmented."""
     taa_redraw_timestep: bool = False
     """Draw a new timestep for the augmented image (the noise is always new)."""
     taa_leftovers: Literal["train", "drop"] = "train"
