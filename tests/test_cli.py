@@ -95,9 +95,16 @@ def test_a_seed_that_was_drawn_goes_on(argv, tmp_path):
     [
         {"num_shards": 2, "proxy_optimizer": "average", "outer_momentum": 0.5},
         {"num_shards": 3, "train_mode": "lora", "lora_aggregation": "product"},
-        {"num_shards": 3, "train_mode": "lora", "proxy_store": "disk"},
+        # 17 crops of 16 images: a file for each process.
+        {
+            "num_shards": 3,
+            "train_mode": "lora",
+            "proxy_store": "disk",
+            "cache": "on",
+            "cache_crops": 17,
+        },
     ],
-    ids=["two shards", "three shards, LoRA", "three shards, LoRA, on disk"],
+    ids=["two shards", "three shards, LoRA", "three shards, LoRA, on disk, cached"],
 )
 def test_two_processes_equal_one(given, argv, tmp_path):
     """Shard k on process k mod 2: the same samples skipped and moved, weights equal to rounding."""
@@ -105,7 +112,8 @@ def test_two_processes_equal_one(given, argv, tmp_path):
     status, output = launched(argv(**given), processes=2)
     assert status == 0, output
     assert "2 x cpu" in output
-    status, output = launched(argv(**given, output_dir=tmp_path / "one"), processes=1)
+    alone = {"output_dir": tmp_path / "one", "cache_dir": tmp_path / "other"}
+    status, output = launched(argv(**given | alone), processes=1)
     assert status == 0, output
     lines = [metrics(tmp_path / folder) for folder in ("output", "one")]
     assert sum(map(sum, (line["moved"] for line in lines[0] if line["kind"] == "round"))) > 0
@@ -117,6 +125,10 @@ def test_two_processes_equal_one(given, argv, tmp_path):
     assert [[x.get(k) for k in keys] for x in lines[0]] == [
         [x.get(k) for k in keys] for x in lines[1]
     ]
+    if "cache" in given:
+        made = [sorted((tmp_path / d / "iet_sd").glob("*/*")) for d in ("cache", "other")]
+        assert len(made[0]) == 5
+        assert [f.parts[-2:] for f in made[0]] == [f.parts[-2:] for f in made[1]]
 
 
 def test_more_processes_than_shards(argv):
@@ -134,6 +146,7 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsy
     assert "memory:" in said
     assert "Python and its libraries take about 1.3 GiB of it more" in said
     assert "time:" in said
+    assert "cache:     16 captions are encoded once; images are encoded in every visit: a" in said
     assert not (tmp_path / "output").exists()
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from iet_sd.data.sources import Source
+    from iet_sd.engine.caching import Beforehand
     from iet_sd.engine.checkpoint import Checkpoint
     from iet_sd.hub.push import Repository
 
@@ -53,7 +54,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
-    from iet_sd.engine.caching import why_not
+    from iet_sd.engine.caching import choose
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
@@ -97,19 +98,31 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         heldout = _load_heldout(config, source)
     for name, reason in source.excluded:
         logger.warning("left out %s: %s", name, reason)
-    why_not(config, source)
     method = config.method
     shard_of_N = split(source.groups, method.num_shards, seed, method.shard_split)
     visits = source.visits_per_epoch(shard_of_N, config.training.train_batch_size)
     steps = plan.steps_per_round(config, visits)
+    beforehand = choose(config, source, plan.visits(config, steps))
     if config.training.dry_run:
         if accelerator.is_main_process:
             sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
             needs = plan.estimate(config, steps, accelerator.num_processes)
             print(plan.describe(config, sizes, steps, needs, accelerator.device))
+            print(f"cache:     {beforehand.describe()}")
         return
     try:
-        _run(config, source, heldout, shard_of_N, steps, found, repository, accelerator, signals)
+        _run(
+            config,
+            source,
+            beforehand,
+            heldout,
+            shard_of_N,
+            steps,
+            found,
+            repository,
+            accelerator,
+            signals,
+        )
     finally:
         accelerator.end_training()
     # Last of all: others don't wait for it.
@@ -120,6 +133,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
 def _run(
     config: Config,
     source: "Source",
+    beforehand: "Beforehand",
     heldout: "Source | None",
     shard_of_N: "Tensor",
     steps: int,
@@ -155,12 +169,10 @@ def _run(
     components = load_components(config.model, dtype, config.data.cache_dir)
     components.latent_size(config.data.resolution)
     parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
-    visits = steps * config.method.num_rounds * config.method.num_shards
-    visits *= training.samples_per_update
     processes = accelerator.process_index, accelerator.num_processes
     # Before the UNet takes its room on the device.
     components.device = device
-    dataset = cached_images(config, source, components, visits, *processes)
+    dataset = cached_images(config, source, components, beforehand, *processes)
     place(components, config.model, device)
     backend = config.model.attention_backend
     attention = enable_attention(components.unet, backend, device, dtype)

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from iet_sd.errors import UserError
-from iet_sd.files import atomic_file, write_text_atomic
+from iet_sd.files import atomic_file, check_writable, write_text_atomic
 
 # About 30 MB of text embeddings, or 15 MB of latents, of Stable Diffusion 1.5 in fp16.
 ROWS = 256
@@ -88,7 +88,8 @@ def open_table(
 ) -> Table:
     """The table of ``kind`` whose rows depend on ``depends_on`` (as JSON) and nothing else.
 
-    Errors: `UserError` if the folder of this name says that it is of something else.
+    Errors: `UserError` if the folder of this name says that it is of something else, or is not
+    complete and cannot be written to.
     """
     text = json.dumps(depends_on, indent=1, sort_keys=True)
     folder = root / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
@@ -98,10 +99,11 @@ def open_table(
             f"{index} does not describe what its folder is named after: it is damaged, or was "
             f"edited. Delete {folder}; it will be made again."
         )
-    if not index.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    table = Table(kind, folder, groups)
+    if not index.is_file() or table.missing():
+        check_writable(folder, "--cache_dir")
         write_text_atomic(index, text)
-    return Table(kind, folder, groups)
+    return table
 
 
 def fill(

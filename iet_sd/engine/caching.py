@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -66,51 +67,84 @@ def why_not(config: Config, source: Source) -> dict[str, str]:
     return reasons
 
 
+@dataclass(frozen=True)
+class Beforehand:
+    """What is encoded before training; known without weights."""
+
+    variants: Variants | None
+    """The views of images, if images are."""
+    captions: list[str] | None
+    """The captions, if these are; sorted."""
+    reasons: dict[str, str]
+    """Why the others are not."""
+
+    def describe(self) -> str:
+        """For people."""
+        counts = {"views of images": self.variants, "captions": self.captions}
+        kept = " and ".join(f"{len(c)} {name}" for name, c in counts.items() if c is not None)
+        lines = [f"{kept} are encoded once"] if kept else []
+        lines += [f"{what} are encoded in every visit: {why}" for what, why in self.reasons.items()]
+        return "; ".join(lines)
+
+
+def choose(config: Config, source: Source, visits: int) -> Beforehand:
+    """What to encode beforehand: what can be and pays, or with ``--cache on`` all.
+
+    visits: looks at samples in the whole run; to encode more than that would not pay.
+    Errors: `UserError` for ``--cache on`` where anything cannot be.
+    """
+    reasons, always = why_not(config, source), config.data.cache == "on"
+    variants = None if "images" in reasons else Variants(source, config.data)
+    captions = None if "captions" in reasons else _captions(source, config)
+    if variants is not None and len(variants) > visits and not always:
+        variants, reasons["images"] = None, "there are more views of them than visits"
+    if captions is not None and len(captions) > visits and not always:
+        captions, reasons["captions"] = None, "there are more of them than visits"
+    return Beforehand(variants, captions, reasons)
+
+
 def cached_images(
     config: Config,
     source: Source,
     components: Components,
-    visits: int,
+    beforehand: Beforehand,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> TrainingImages:
-    """The samples for training, encoded beforehand where that can be and pays.
+    """The samples for training, encoded as ``beforehand`` says.
 
     Frozen networks that training needs no more are freed, or not even loaded; the others are loaded
     now. All processes take part, and share the work.
-
-    visits: looks at samples in the whole run; to encode more than that beforehand would not pay.
-    Errors: `UserError` for ``--cache on`` where that cannot be, and for a damaged file.
+    Errors: `UserError` for a damaged file, or an image that has changed.
     """
-    data, reasons, always = config.data, why_not(config, source), config.data.cache == "on"
-    variants = None if "images" in reasons else Variants(source, data)
-    if variants is not None and not always and len(variants) > visits:
-        reasons["images"] = "there are more views of them than visits"
-    captions = [] if "captions" in reasons else _captions(source, config)
-    if not always and len(captions) > visits:
-        reasons["captions"] = "there are more of them than visits"
+    captions, variants = beforehand.captions, beforehand.variants
     read, latents = components.tokenize, None
-    if "captions" not in reasons:
+    table = partial(_table, config, components)
+    if captions is not None:
         encoders = (*components.family.text_encoders, *components.family.tokenizers)
-        keyed = partial(_table, config, components, "texts", encoders, captions, [len(captions)])
-        table = from_main(keyed, process_index, num_processes)
-        _fill(table, partial(_encode_captions, components, captions), process_index, num_processes)
-        read = Texts(captions, table)
-    if "images" not in reasons:
-        keyed = partial(
-            _table, config, components, "latents", ("vae",), variants.describe(), variants.groups
+        texts_table = from_main(
+            lambda: table("texts", encoders, captions, [len(captions)]),
+            process_index,
+            num_processes,
         )
-        table = from_main(keyed, process_index, num_processes)
+        encode = partial(_encode_captions, components, captions)
+        _fill(texts_table, encode, process_index, num_processes)
+        read = Texts(captions, texts_table)
+    if variants is not None:
+        latents_table = from_main(
+            lambda: table("latents", ("vae",), variants.describe(), variants.groups),
+            process_index,
+            num_processes,
+        )
         workers = config.training.dataloader_num_workers
         encode = partial(_encode_images, components, variants, workers)
-        _fill(table, encode, process_index, num_processes)
-        latents = Latents(variants, table)
-    for what, reason in reasons.items():
-        logger.info("%s are encoded in every visit: %s", what, reason)
+        _fill(latents_table, encode, process_index, num_processes)
+        latents = Latents(variants, latents_table)
+    logger.info("%s", beforehand.describe())
     _keep(components, "vae", latents is None or config.method.taa)
     for name in components.family.text_encoders:
-        _keep(components, name, "captions" in reasons)
-    return TrainingImages(source, read, data, latents)
+        _keep(components, name, captions is None)
+    return TrainingImages(source, read, config.data, latents)
 
 
 def _keep(components: Components, part: str, needed: bool) -> None:

@@ -35,6 +35,12 @@ def steps_per_round(config: Config, num_samples: int) -> int:
     return math.ceil(total / (method.num_shards * method.num_rounds))
 
 
+def visits(config: Config, steps: int) -> int:
+    """Looks at samples in a run of ``steps`` steps per round, at least: some may update nothing."""
+    method = config.method
+    return steps * method.num_rounds * method.num_shards * config.training.samples_per_update
+
+
 def check_processes(config: Config, num_processes: int) -> None:
     """Errors: `UserError` for more processes than shards, which would leave some idle."""
     if num_processes > config.method.num_shards:

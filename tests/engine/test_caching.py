@@ -16,7 +16,7 @@ from iet_sd.data.latents import Latents, Texts, Variants
 from iet_sd.data.shards import Visit, split
 from iet_sd.data.sources import load_source
 from iet_sd.engine import caching
-from iet_sd.engine.caching import cached_images
+from iet_sd.engine.caching import cached_images, choose
 from iet_sd.engine.objective import Objective
 from iet_sd.engine.rounds import Trainer
 from iet_sd.engine.state import RoundDone
@@ -32,7 +32,8 @@ def prepare(config, visits=10**6):
     components = load_components(config.model, torch.float32, None)
     parameters = make_trainable(components, config.model, seed=0)
     source = load_source(config.data)
-    return components, parameters, cached_images(config, source, components, visits)
+    beforehand = choose(config, source, visits)
+    return components, parameters, cached_images(config, source, components, beforehand)
 
 
 def train(config):
@@ -149,7 +150,9 @@ def test_what_is_cached_is_neither_loaded_nor_kept(settings, method, vae):
         name: load if name == "vae" and vae else forbidden
         for name, load in components.loaders.items()
     }
-    found = cached_images(config, load_source(config.data), components, 10**6)[Visit(0, 1)]
+    source = load_source(config.data)
+    beforehand = choose(config, source, 10**6)
+    found = cached_images(config, source, components, beforehand)[Visit(0, 1)]
     assert torch.equal(found["latent_mean"], made[Visit(0, 1)]["latent_mean"])
     assert not {"pixel_values", "input_ids"} & set(found)
 
@@ -204,7 +207,9 @@ def test_what_cannot_be_cached_is_refused_or_left(settings, given, words):
     about_images = "captions" not in words
     assert (dataset.latents is None) == about_images
     assert isinstance(dataset.read, Texts) == about_images
-    assert json.dumps(caching.why_not(settings(cache="auto", **given), dataset.source))
+    told = choose(settings(cache="auto", **given), dataset.source, 10**6).describe()
+    assert all(word in told for word in words)
+    assert "16 " in told
 
 
 def test_auto_encodes_beforehand_only_what_is_visited_more_often(settings):
@@ -274,6 +279,12 @@ def test_damage_is_named_and_told_how_to_mend(settings, tmp_path):
     (texts / "index.json").write_text("{}")
     with pytest.raises(UserError, match="Delete"):
         prepare(config)
+
+
+def test_a_place_that_cannot_be_written_to(settings, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--cache_dir .* cannot be written to"):
+        prepare(settings(cache="on", cache_dir=str(tmp_path / "file"), **FITTING))
 
 
 def test_off_makes_nothing(settings, tmp_path):
