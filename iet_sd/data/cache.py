@@ -102,6 +102,7 @@ def open_table(
     table = Table(kind, folder, groups)
     if not index.is_file() or table.missing():
         check_writable(folder, "--cache_dir")
+    if not index.is_file():
         write_text_atomic(index, text)
     return table
 

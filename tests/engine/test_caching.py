@@ -283,7 +283,7 @@ def test_damage_is_named_and_told_how_to_mend(settings, tmp_path):
 
 def test_a_place_that_cannot_be_written_to(settings, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--cache_dir .* cannot be written to"):
+    with pytest.raises(UserError, match=r"--cache_dir .* cannot be written to"):
         prepare(settings(cache="on", cache_dir=str(tmp_path / "file"), **FITTING))
 
 
