@@ -136,9 +136,11 @@ def cached_images(
             process_index,
             num_processes,
         )
-        workers = config.training.dataloader_num_workers
-        encode = partial(_encode_images, components, variants, workers)
-        _fill(latents_table, encode, process_index, num_processes)
+        on_gpu = components.device.type == "cuda"
+        loader = Loader(variants, config.training.dataloader_num_workers, pin_memory=on_gpu)
+        with closing(loader) as pictures:
+            encode = partial(_encode_images, components, variants, pictures)
+            _fill(latents_table, encode, process_index, num_processes)
         latents = Latents(variants, latents_table)
     logger.info("%s", beforehand.describe())
     _keep(components, "vae", latents is None or config.method.taa)
@@ -210,12 +212,10 @@ def _encode_captions(components: Components, captions: Sequence[str], rows: rang
 
 
 def _encode_images(
-    components: Components, variants: Variants, workers: int, rows: range
+    components: Components, variants: Variants, pictures: Loader, rows: range
 ) -> Iterator[Row]:
     height, width = variants.size_of(rows[0])
     batches = pieces(rows, max(1, _PIXELS // (height * width)))
-    pictures = Loader(variants, workers, components.device.type == "cuda")
-    with closing(pictures):
-        for batch in pictures.batches(batches):
-            mean, std = posterior(components.vae, batch.pop("pixel_values"), components.device)
-            yield {"latent_mean": mean, "latent_std": std, **batch}
+    for batch in pictures.batches(batches):
+        mean, std = posterior(components.vae, batch.pop("pixel_values"), components.device)
+        yield {"latent_mean": mean, "latent_std": std, **batch}
