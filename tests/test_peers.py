@@ -1,5 +1,7 @@
 """A process of several that is killed while another waits for it, under ``accelerate launch``."""
 
+import time
+
 import psutil
 
 from tests.launching import Launched
@@ -15,15 +17,30 @@ def process_of(run, rank):
     return found
 
 
+def until_ended(process, seconds=60):
+    """Wait until it has ended, though its parent, which is held, has not taken note of it."""
+    end = time.monotonic() + seconds
+    while process.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end, process
+        time.sleep(0.01)
+
+
 def test_the_death_of_one_ends_the_other_with_one_line(argv, tmp_path):
-    """Of three shards process 1 has one, and then waits for process 0, which has two."""
+    """Of three shards process 1 has one, and then waits for process 0, which has two.
+
+    The launcher is held meanwhile: it ends all others when one has ended, and its signal may come
+    before process 1 has found out by itself.
+    """
     run = Launched(argv(num_shards=3, steps_per_round=40, train_batch_size=2), processes=2)
     saved = tmp_path / "output" / "checkpoint-0" / "process-1-of-2" / "shard-1-done"
+    launcher = psutil.Process(run.launcher.pid)
     try:
         run.until(saved.exists)
         other = process_of(run, 1)
+        launcher.suspend()
         process_of(run, 0).kill()
-        other.wait(timeout=10)
+        until_ended(other)
+        launcher.resume()
         assert run.wait() != 0
     finally:
         run.kill()

@@ -46,12 +46,25 @@ def status_of(command: Callable[[], None], way_on: str) -> int:
         print(f"{prefix}: {error}. {way_on}", file=sys.stderr)
         return 1
     except Stopped as stop:
+        # A launcher ends all processes when one has ended, and those that clean up after it too:
+        # why they end is what they have found out, not its signal.
+        if mistake := _user_error_before(stop):
+            print(f"{prefix}: {mistake}", file=sys.stderr)
+            return 2
         print(stop, file=sys.stderr)
         return 128 + stop.number
     except KeyboardInterrupt:
         print(f"Stopped by {signal.SIGINT.name} at once.", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
+
+
+def _user_error_before(stop: Stopped) -> UserError | None:
+    """The user's mistake that was on its way out when the signal came."""
+    before = stop.__context__
+    while before is not None and not isinstance(before, UserError):
+        before = before.__context__
+    return before
 
 
 def _errno(error: OSError | SafetensorError) -> int | None:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from accelerate import Accelerator
 
 from iet_sd import reporting
 from iet_sd.cli import train as module
 from iet_sd.cli.common import status_of
 from iet_sd.cli.train import train
+from iet_sd.engine import collectives
 from iet_sd.engine.rounds import Trainer
+from iet_sd.errors import UserError
 from iet_sd.models import loading
 from tests.launching import ROOT, Launched
 
@@ -50,6 +53,21 @@ def test_a_signal_is_one_line_and_its_status(place, name, number, said, argv, mo
     monkeypatch.undo()
     if SAVED in said:
         assert train(argv(resume_from_checkpoint="latest")) == 0
+
+
+def test_a_signal_during_the_way_out_of_an_error_does_not_hide_it(argv, monkeypatch, capsys):
+    """A launcher ends all processes when one has ended, also those that clean up after it."""
+
+    def mistaken(*_):
+        raise UserError("Another process of this run has ended.")
+
+    monkeypatch.setattr(collectives, "gather", mistaken)
+    ending = told_to_stop(Accelerator.end_training, signal.SIGTERM)
+    monkeypatch.setattr(Accelerator, "end_training", ending)
+    assert train(argv()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "error: Another process of this run has ended."
+    assert "Stopped" not in printed.err + printed.out
 
 
 def test_a_second_ctrl_c_is_one_line_too(argv, tmp_path, monkeypatch, capsys):
