@@ -90,7 +90,7 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
 
 def run(cell: Cell, protocol: Protocol, work_dir: Path, results: Path) -> int:
     """Train, measure, and write the result; the exit status. Nothing is done twice."""
-    from benchmarks.efficacy import controls
+    from benchmarks.efficacy import beyond, controls
     from benchmarks.efficacy import results as files
     from benchmarks.efficacy.encoding import encode_each_once
     from benchmarks.efficacy.readings import StudyProbe, probe_config
@@ -104,8 +104,8 @@ def run(cell: Cell, protocol: Protocol, work_dir: Path, results: Path) -> int:
     probing.Probe = partial(StudyProbe, protocol, once, folder / "readings", base)
     probing.Prober._due = lambda _, event: event.aggregated and is_read(event.round, cell, protocol)
     encode_each_once()
-    if METHODS[cell.method].swap:
-        getattr(controls, METHODS[cell.method].swap)()
+    if swap := METHODS[cell.method].swap:
+        getattr(controls if hasattr(controls, swap) else beyond, swap)()
     places = {
         "pretrained_model_name_or_path": ROOT / protocol.model,
         "train_data_dir": rows,

@@ -1,7 +1,7 @@
 """The methods that are compared, as data: a name, flags of ``train_iet_sd.py``, and a swap.
 
 ``swap`` names a function of `benchmarks.efficacy.controls` that replaces a part of the training
-loop inside the cell's process.
+loop inside the cell's process, or of `benchmarks.efficacy.beyond`.
 """
 
 from collections.abc import Mapping
@@ -29,6 +29,8 @@ _OFF = {"agc": False, "taa": False, "msr": False}
 _AGC = _OFF | {"agc": True, "score_pass": BEFORE["score_pass"]}
 _AGC_TAA = _AGC | {"taa": True, "taa_min_batch": BEFORE["taa_min_batch"]}
 _ALL = _AGC_TAA | {"msr": True}
+_READ_ANEW = {"cache": "off"}  # a cache has no caption that a swap makes up
+_CALIBRATED = {"agc_threshold": 0.86, "bank_bins": 10}
 _PLAIN, _PLUS = {"num_shards": 1, "tuned_as": "plain"}, {"tuned_as": "iet_agc_plus"}
 
 METHODS: dict[str, Method] = {
@@ -53,6 +55,31 @@ METHODS: dict[str, Method] = {
         _ALL,
         swap="colour_taa",
         **_PLUS,
+    ),
+    # Beyond the paper.
+    "agc_taa_told": Method(
+        "AGC and TAA, one model, captions of augmented images say that they are",
+        _AGC_TAA | _READ_ANEW,
+        swap="told_taa",
+        **_PLAIN,
+    ),
+    "iet_agc_plus_told": Method(
+        "IET-AGC+, captions of augmented images say that they are",
+        _ALL | _READ_ANEW,
+        swap="told_taa",
+        **_PLUS,
+    ),
+    "agc_calibrated": Method(
+        "one model, skipping what has fallen 14 % more than the loss of unseen images has",
+        _AGC | _CALIBRATED,
+        swap="calibrated_agc",
+        **_PLAIN,
+    ),
+    "agc_calibrated_taa_told": Method(
+        "the same, and TAA near that threshold, told in the caption",
+        _AGC_TAA | _CALIBRATED | _READ_ANEW,
+        swap="calibrated_agc_told_taa",
+        **_PLAIN,
     ),
     # Controls: the side effect without the rule.
     "random_skip": Method(

@@ -116,6 +116,11 @@ PARTS = (
     "iet_agc_plus_outer",
 )
 
+BEYOND = (
+    *("plain", "agc", "agc_taa_told", "agc_calibrated", "agc_calibrated_taa_told", "ema"),
+    "iet_agc_plus_told",
+)
+
 
 def first(rate: Rate) -> Iterator[Cell]:
     """``fluent``, all weights: rates, then the main methods, their parts, and controls."""
@@ -131,6 +136,13 @@ def first(rate: Rate) -> Iterator[Cell]:
         yield cell(method, 0, times=4)
     yield from (cell(method, seed) for seed in SEEDS for method in PARTS)
     yield from (cell(method, seed, times=4) for seed in SEEDS for method in ("iet", "iet_agc_plus"))
+
+
+def beyond(rate: Rate) -> Iterator[Cell]:
+    """One model, by methods beyond the paper, where images are alike and where some are often."""
+    for seed in SEEDS:
+        for setting in ("fluent", "duplicated"):
+            yield from (make(rate, setting, "full", method, seed) for method in BEYOND)
 
 
 def settings(rate: Rate) -> Iterator[Cell]:
@@ -161,6 +173,7 @@ def sweeps(rate: Rate) -> Iterator[Cell]:
 
 STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
     "first": first,
+    "beyond": beyond,
     "settings": settings,
     "sweeps": sweeps,
 }
