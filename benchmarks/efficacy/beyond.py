@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.settings import READ_SEED
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages, collate
@@ -77,8 +76,9 @@ class Calibrated:
         self.before = copy.deepcopy(trainer.objective.components.unet).requires_grad_(False).eval()
         data = trainer.config.data
         heldout = load_heldout(data, trainer.dataset.source)
-        read = choose(len(heldout.sample_ids), Protocol().samples, READ_SEED)
-        self.unread = sorted(set(range(len(heldout.sample_ids))) - set(read.tolist()))
+        number = len(heldout.sample_ids)
+        read = choose(number, trainer.config.probe.eval_samples, READ_SEED)
+        self.unread = sorted(set(range(number)) - set(read.tolist()))
         self.unseen = TrainingImages(heldout, trainer.objective.components.tokenize, data)
         self.scored: Prepared | None = None
         self.passes = 0
