@@ -64,7 +64,7 @@ def calibrated(swaps, trainer_for, settings, heldout, monkeypatch):
         eval_samples=10,
         score_pass="train",
     )
-    trainer, state = trainer_for(config)
+    trainer, _ = trainer_for(config)
     before = {
         k: p.detach().clone() for k, p in trainer.objective.components.unet.named_parameters()
     }
