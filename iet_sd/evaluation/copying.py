@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import rankdata
-from sklearn.cluster import KMeans
-from sklearn.decomposition import PCA
 
 from iet_sd.errors import UserError
 from iet_sd.evaluation.neighbours import Neighbours, nearest
@@ -49,6 +47,10 @@ def c_t(
     held-out image, are left out (the authors' threshold 20 / G). Reads the features into memory.
     Errors: `UserError` if no cell is left.
     """
+    # Here, as it takes longer than the start of a training run should, which measures no C_T.
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
     if len(train_TD) < cells or len(gen_GD) <= min_count or not len(heldout_HD):
         raise _too_few(gen_GD, train_TD, heldout_HD, cells, min_count)
     if train_TD.shape[1] > dims:
