@@ -63,10 +63,22 @@ METHODS: dict[str, Method] = {
         swap="told_taa",
         **_PLAIN,
     ),
-    "iet_agc_plus_told": Method(
-        "IET-AGC+, captions of augmented images say that they are",
-        _ALL | _READ_ANEW,
-        swap="told_taa",
+    "agc_taa_gentle": Method(
+        "AGC and TAA, one model, augmenting by what leaves no marks: mirrored edges, no black",
+        _AGC_TAA,
+        swap="gentle_taa",
+        **_PLAIN,
+    ),
+    "constant_gentle": Method(
+        "AGC, and every kept sample so augmented at TAA's mean strength, one model",
+        _AGC_TAA,
+        swap="constant_gentle_taa",
+        **_PLAIN,
+    ),
+    "iet_agc_plus_gentle": Method(
+        "IET-AGC+, augmenting by what leaves no marks: mirrored edges, no black",
+        _ALL,
+        swap="gentle_taa",
         **_PLUS,
     ),
     "agc_calibrated": Method(
@@ -75,10 +87,10 @@ METHODS: dict[str, Method] = {
         swap="calibrated_agc",
         **_PLAIN,
     ),
-    "agc_calibrated_taa_told": Method(
-        "the same, and TAA near that threshold, told in the caption",
-        _AGC_TAA | _CALIBRATED | _READ_ANEW,
-        swap="calibrated_agc_told_taa",
+    "agc_calibrated_taa_gentle": Method(
+        "the same, and TAA near that threshold, by what leaves no marks",
+        _AGC_TAA | _CALIBRATED,
+        swap="calibrated_agc_gentle_taa",
         **_PLAIN,
     ),
     # Controls: the side effect without the rule.

@@ -117,8 +117,8 @@ PARTS = (
 )
 
 BEYOND = (
-    *("plain", "agc", "agc_taa_told", "agc_calibrated", "agc_calibrated_taa_told", "ema"),
-    "iet_agc_plus_told",
+    *("plain", "agc_taa_gentle", "agc", "ema", "constant_gentle", "iet_agc_plus_gentle"),
+    *("agc_calibrated", "agc_calibrated_taa_gentle", "agc_taa_told"),
 )
 
 
