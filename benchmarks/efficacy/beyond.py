@@ -4,20 +4,14 @@ Letters in shapes: B samples of a batch, H held-out images beside it, T bins of 
 """
 
 import copy
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
-from benchmarks.efficacy import controls
 from benchmarks.efficacy.settings import READ_SEED
 from iet_sd.config import MethodConfig
-from iet_sd.data import transforms
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import Visit
 from iet_sd.engine import rounds, step
@@ -30,7 +24,6 @@ from iet_sd.seeding import seed_for
 
 TOLD = ", augmented"
 UNSEEN_AT_ONCE = 8
-Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def told_taa() -> None:
@@ -42,49 +35,14 @@ def told_taa() -> None:
     plain = TrainingImages.example
 
     def example(
-        images: TrainingImages, visit: Visit, magnitude: float | None = None, num_ops: int = 2
+        images: TrainingImages, visit: Visit, augmentation: Augmentation | None = None
     ) -> dict[str, Any]:
-        if magnitude is not None:
+        if augmentation is not None:
             images, read = copy.copy(images), images.read
             images.read = lambda caption: read(caption + TOLD)
-        return plain(images, visit, magnitude, num_ops)
+        return plain(images, visit, augmentation)
 
     TrainingImages.example = example
-
-
-def gentle_taa() -> None:
-    """RandAugment with shifts, shears, small turns, saturation and sharpness alone.
-
-    All do nothing at strength 0. What a shift uncovers is the picture's mirror image, not black;
-    pixels are interpolated, not repeated; a white page stays white.
-    """
-    smooth = {"interpolation": InterpolationMode.BILINEAR}
-    none, still = [0, 0], [0.0, 0.0]
-    geometric = {
-        "ShearX": lambda i, level: F.affine(i, 0.0, none, 1.0, [_angle(level), 0.0], **smooth),
-        "ShearY": lambda i, level: F.affine(i, 0.0, none, 1.0, [0.0, _angle(level)], **smooth),
-        "TranslateX": lambda i, level: F.affine(i, 0.0, [round(level), 0], 1.0, still),
-        "TranslateY": lambda i, level: F.affine(i, 0.0, [0, round(level)], 1.0, still),
-        "Rotate": lambda i, level: F.rotate(i, level, **smooth),
-    }
-    kept = {name: transforms.OPS[name] for name in ("Identity", "Color", "Sharpness")}
-    transforms.OPS = kept | {name: (mirrored(op), True) for name, op in geometric.items()}
-
-
-def mirrored(op: Operation) -> Operation:
-    """``op`` on a picture that goes on beyond its edges as its mirror image."""
-
-    def wider(image: Image.Image, level: float) -> Image.Image:
-        width, height = image.size
-        # Half the picture on each side: more than any operation uncovers.
-        padded = F.pad(image, [width // 2, height // 2], padding_mode="reflect")
-        return F.center_crop(op(padded, level), [height, width])
-
-    return wider
-
-
-def _angle(share: float) -> float:
-    return math.degrees(math.atan(share))
 
 
 def calibrated_agc() -> None:
@@ -102,18 +60,6 @@ def calibrated_agc() -> None:
         return state
 
     rounds.Trainer.start = begun
-
-
-def calibrated_agc_gentle_taa() -> None:
-    """Both: the nearer to that threshold, the stronger augmented."""
-    gentle_taa()
-    calibrated_agc()
-
-
-def constant_gentle_taa() -> None:
-    """Every kept sample is gently augmented, at the mean over the batch of what TAA would do."""
-    gentle_taa()
-    controls.constant_taa()
 
 
 class Calibrated:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from iet_sd.config import MethodConfig
-from iet_sd.data import transforms
+from iet_sd.data import augmentation
 from iet_sd.engine import rounds, step
 from iet_sd.engine.step import Decision, decide
 from iet_sd.method import agc
@@ -52,7 +52,8 @@ def colour_taa() -> None:
     Equalize have no scale, Solarize turns white black at 0, Posterize has few steps, and shifts,
     shears and turns leave black where a page was white.
     """
-    transforms.OPS = {name: transforms.OPS[name] for name in COLOUR_OPS}
+    everything = augmentation.OPERATIONS["randaugment"]
+    augmentation.OPERATIONS = {"randaugment": {name: everything[name] for name in COLOUR_OPS}}
 
 
 def skip_at_random(decision: Decision, generator: torch.Generator) -> Decision:

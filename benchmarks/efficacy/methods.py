@@ -22,13 +22,16 @@ class Method:
     swap: str | None = None
 
 
-BEFORE = {"score_pass": "train", "taa_min_batch": 0.0}
+BEFORE = {"score_pass": "train", "taa_min_batch": 0.0, "taa_operations": "randaugment"}
 """What was done before there were flags for it: older results are of the same settings."""
 
 _OFF = {"agc": False, "taa": False, "msr": False}
 _AGC = _OFF | {"agc": True, "score_pass": BEFORE["score_pass"]}
-_AGC_TAA = _AGC | {"taa": True, "taa_min_batch": BEFORE["taa_min_batch"]}
+_AGC_TAA = (
+    _AGC | {"taa": True} | {name: BEFORE[name] for name in ("taa_min_batch", "taa_operations")}
+)
 _ALL = _AGC_TAA | {"msr": True}
+_GENTLE = {"taa_operations": "gentle"}
 _READ_ANEW = {"cache": "off"}  # a cache has no caption that a swap makes up
 _CALIBRATED = {"agc_threshold": 0.86, "bank_bins": 10}
 _PLAIN, _PLUS = {"num_shards": 1, "tuned_as": "plain"}, {"tuned_as": "iet_agc_plus"}
@@ -65,20 +68,18 @@ METHODS: dict[str, Method] = {
     ),
     "agc_taa_gentle": Method(
         "AGC and TAA, one model, augmenting by what leaves no marks: mirrored edges, no black",
-        _AGC_TAA,
-        swap="gentle_taa",
+        _AGC_TAA | _GENTLE,
         **_PLAIN,
     ),
     "constant_gentle": Method(
         "AGC, and every kept sample so augmented at TAA's mean strength, one model",
-        _AGC_TAA,
-        swap="constant_gentle_taa",
+        _AGC_TAA | _GENTLE,
+        swap="constant_taa",
         **_PLAIN,
     ),
     "iet_agc_plus_gentle": Method(
         "IET-AGC+, augmenting by what leaves no marks: mirrored edges, no black",
-        _ALL,
-        swap="gentle_taa",
+        _ALL | _GENTLE,
         **_PLUS,
     ),
     "agc_calibrated": Method(
@@ -89,8 +90,8 @@ METHODS: dict[str, Method] = {
     ),
     "agc_calibrated_taa_gentle": Method(
         "the same, and TAA near that threshold, by what leaves no marks",
-        _AGC_TAA | _CALIBRATED,
-        swap="calibrated_agc_gentle_taa",
+        _AGC_TAA | _CALIBRATED | _GENTLE,
+        swap="calibrated_agc",
         **_PLAIN,
     ),
     # Controls: the side effect without the rule.

@@ -67,7 +67,11 @@ class MethodConfig:
     taa_magnitude: float = 5.0
     """RandAugment magnitude at strength 1, on its scale of 31 steps."""
     taa_num_ops: int = 2
-    """RandAugment operations per image."""
+    """Operations per image."""
+    taa_operations: Literal["randaugment", "gentle"] = "randaugment"
+    """randaugment: all of RandAugment's 14, as in the paper; a model learns to draw the black
+    wedges, gray pages and solarized colours that some leave. gentle: shifts, shears, turns,
+    saturation and sharpness, with mirrored edges."""
     taa_strength: Literal["sample", "batch"] = "sample"
     """Each sample's own strength, or the mean over the batch cut to a whole magnitude."""
     taa_min_strength: float = 0.1

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iet_sd.config import DataConfig
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.captions import draw, texts
 from iet_sd.data.images import decode
 from iet_sd.data.latents import Latents
@@ -93,24 +94,21 @@ class TrainingImages(Dataset):
         """The example of a visit, not augmented."""
         return self.example(visit)
 
-    def example(
-        self, visit: Visit, magnitude: float | None = None, num_ops: int = 2
-    ) -> dict[str, Any]:
+    def example(self, visit: Visit, augmentation: Augmentation | None = None) -> dict[str, Any]:
         """What the visit sees: pixel_values (3, H, W) in [-1, 1], input_ids (L,), index, seed.
 
         And what SDXL is told of the pixels, (height, width) each: original_size of the stored
         image, rotated upright; crop_top_left in the resized one; target_size (H, W). From caches
         come latent_mean and latent_std (C, h, w) in place of pixels, and embeddings of tokens.
 
-        magnitude: of RandAugment with ``num_ops`` operations; None for the plain image. Caption,
-        crop and flip are the same either way.
+        Caption, crop and flip are the same with and without augmentation.
         Errors: `UserError` for an image that cannot be read, or is gone or has changed since the
         source was loaded.
         """
-        if self.latents is not None and magnitude is None:
+        if self.latents is not None and augmentation is None:
             seen = self.latents(visit)
         else:
-            seen = self._view(visit, magnitude, num_ops)._asdict()
+            seen = self._view(visit, augmentation)._asdict()
         # A sample may have none only if the settings allow for it.
         name = self.source.sample_ids[visit.index]
         captions = texts(self._captions[visit.index][self.source.caption_column], name)
@@ -122,7 +120,7 @@ class TrainingImages(Dataset):
             "seed": visit.seed,
         }
 
-    def _view(self, visit: Visit, magnitude: float | None, num_ops: int) -> View:
+    def _view(self, visit: Visit, augmentation: Augmentation | None) -> View:
         name, digest = self.source.sample_ids[visit.index], self.source.digests[visit.index]
         record = self.source.dataset[visit.index][self.source.image_column]
         return view(
@@ -132,8 +130,7 @@ class TrainingImages(Dataset):
             random_flip=self.config.random_flip,
             interpolation=self.config.image_interpolation_mode,
             generator=visit.generator("view"),
-            magnitude=magnitude,
-            num_ops=num_ops,
+            augmentation=augmentation,
         )
 
     def _picture(self, record: Any, name: str, digest: str | None) -> Image.Image:

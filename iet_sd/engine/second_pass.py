@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from iet_sd.config import MethodConfig
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import Visit
 from iet_sd.engine.objective import Objective, Prepared
@@ -74,8 +75,11 @@ def prepare(
     magnitude_Q = iter(taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength))
     batches = defaultdict(list)
     for p in taken:
-        magnitude = next(magnitude_Q) if p.augmented else None
-        example = dataset.example(Visit(p.index, p.seed), magnitude, method.taa_num_ops)
+        augmentation = None
+        if p.augmented:
+            how = method.taa_num_ops, method.taa_operations
+            augmentation = Augmentation(next(magnitude_Q), *how)
+        example = dataset.example(Visit(p.index, p.seed), augmentation)
         batches[example["target_size"], p.augmented].append((p, example))
     parts = []
     for (_, augmented), same in batches.items():

@@ -1,12 +1,10 @@
 """Methods beyond the paper, against what they are made of."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.efficacy import beyond
-from iet_sd.data import transforms
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import Visit
 from iet_sd.engine import rounds, step
@@ -33,7 +31,7 @@ def test_the_caption_of_an_augmented_image_says_so_and_no_other(swaps, trainer_f
     trainer, _ = trainer_for(settings())
     images, visits = trainer.dataset, [Visit(i, 7 + i) for i in range(4)]
     plain = [images.example(visit) for visit in visits]
-    augmented = [images.example(visit, 10.0) for visit in visits]
+    augmented = [images.example(visit, Augmentation(10.0)) for visit in visits]
     captions = []
     tokenize, images.read = images.read, lambda text: captions.append(text) or tokenize(text)
     beyond.told_taa()
@@ -41,42 +39,12 @@ def test_the_caption_of_an_augmented_image_says_so_and_no_other(swaps, trainer_f
         assert equal(collate([images.example(visit)]), collate([before]))
     assert not any("augmented" in caption for caption in captions)
     for visit, before in zip(visits, augmented, strict=True):
-        told = collate([images.example(visit, 10.0)])
+        told = collate([images.example(visit, Augmentation(10.0))])
         caption = captions[-1]
         assert caption.endswith(", augmented")
         expected = collate([before | tokenize(caption)])
         assert not equal(expected, collate([before]))
         assert equal(told, expected)
-
-
-def apply(image, op, magnitude, negative):
-    return np.asarray(transforms.apply_op(image, op, magnitude, negative)).astype(int)
-
-
-def test_gentle_operations_do_nothing_at_rest_and_leave_no_marks(monkeypatch):
-    monkeypatch.setattr(transforms, "OPS", transforms.OPS)
-    white = Image.new("RGB", (16, 16), "white")
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
-    plain = dict(transforms.OPS)
-    beyond.gentle_taa()
-    for op in transforms.OPS:
-        for negative in (False, True):
-            assert (apply(noise, op, 0.0, negative) == np.asarray(noise)).all(), op
-            assert (apply(white, op, 30.0, negative) == 255).all(), op
-        assert op == "Identity" or (apply(noise, op, 10.0, True) != np.asarray(noise)).any(), op
-    assert set(transforms.OPS) < set(plain)
-
-
-@pytest.mark.parametrize(("op", "axis"), [("TranslateX", 1), ("TranslateY", 0)])
-def test_what_a_shift_uncovers_is_the_mirror_image(op, axis, monkeypatch):
-    monkeypatch.setattr(transforms, "OPS", transforms.OPS)
-    picture = np.random.default_rng(1).integers(0, 256, (33, 33, 3), dtype=np.uint8)
-    beyond.gentle_taa()
-    moved = apply(Image.fromarray(picture), op, 10.0, False)
-    # A third of 150/331 of the picture's size, in whole pixels.
-    by = round(150 / 331 * 33 / 3)
-    index = np.abs(np.arange(33) - by)
-    assert (moved == picture.take(index, axis=axis)).all()
 
 
 @pytest.fixture

@@ -25,7 +25,8 @@ from benchmarks.efficacy.readings import kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 from iet_sd import arguments
 from iet_sd.config import MethodConfig
-from iet_sd.data import transforms
+from iet_sd.data import augmentation
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.engine import rounds, step
 from iet_sd.engine.step import Decision, decide
 from iet_sd.evaluation.closeness import unit
@@ -312,7 +313,7 @@ def test_the_exchange_at_random_moves_as_many_and_not_the_most_skipped():
     "name", sorted({m.swap for m in METHODS.values() if hasattr(controls, m.swap or "")})
 )
 def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
-    swapped = ((step, "decide"), (rounds, "redistribute"), (transforms, "OPS"))
+    swapped = ((step, "decide"), (rounds, "redistribute"), (augmentation, "OPERATIONS"))
     before = [getattr(*place) for place in swapped]
     for place, value in zip(swapped, before, strict=True):
         monkeypatch.setattr(*place, value)
@@ -321,28 +322,31 @@ def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
 
 
 def test_colour_operations_leave_a_white_page_white_and_a_picture_at_rest_as_it_is(monkeypatch):
-    monkeypatch.setattr(transforms, "OPS", transforms.OPS)
-    everything = dict(transforms.OPS)
+    monkeypatch.setattr(augmentation, "OPERATIONS", augmentation.OPERATIONS)
+    everything = list(augmentation.OPERATIONS["randaugment"])
     white = Image.new("RGB", (16, 16), "white")
     noise = Image.fromarray(np.random.default_rng(0).integers(60, 200, (16, 16, 3), dtype=np.uint8))
 
     def marks():
         """Operations that change a white page, or anything at strength 0."""
-        strong = {o for o in transforms.OPS if _changed(white, o, 10.0)}
-        return strong | {o for o in transforms.OPS if _changed(noise, o, 0.0)}
+        there = augmentation.OPERATIONS["randaugment"]
+        strong = {o for o in there if _changed(white, o, 10.0)}
+        return strong | {o for o in there if _changed(noise, o, 0.0)}
 
     assert {"Solarize", "Equalize", "AutoContrast", "ShearX", "Rotate"} <= marks()
     controls.colour_taa()
-    assert set(transforms.OPS) == {o for o in everything if o in controls.COLOUR_OPS}
+    kept = [o for o in everything if o in controls.COLOUR_OPS]
+    assert list(augmentation.OPERATIONS["randaugment"]) == kept
     assert marks() <= {"Brightness"}
-    augmented = [transforms.rand_augment(noise, 2, 0.0, g) for g in generators(30)]
+    augmented = [augmentation.augment(noise, Augmentation(0.0), g) for g in generators(30)]
     assert all(each.tobytes() == noise.tobytes() for each in augmented)
 
 
 def _changed(image, operation, magnitude):
     """Whether it does, in either direction."""
     both = [
-        transforms.apply_op(image, operation, magnitude, negative) for negative in (False, True)
+        augmentation.apply(image, operation, Augmentation(magnitude), negative)
+        for negative in (False, True)
     ]
     return any(each.tobytes() != image.tobytes() for each in both)
 

@@ -9,6 +9,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPTokenizer
 
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import Loader, TrainingImages, collate
 from iet_sd.data.shards import Visit, batches, visits
 from iet_sd.data.sources import load_source
@@ -16,6 +17,7 @@ from iet_sd.errors import UserError
 from iet_sd.models.tokens import Tokenize
 
 R, L = 8, 6
+STRONG = Augmentation(20.0, 3)
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_augmentation_changes_pixels_alone(images):
     dataset = images()
     changed = 0
     for seed in range(10):
-        plain, augmented = dataset[Visit(1, seed)], dataset.example(Visit(1, seed), 20.0, 3)
+        plain, augmented = dataset[Visit(1, seed)], dataset.example(Visit(1, seed), STRONG)
         changed += not torch.equal(plain.pop("pixel_values"), augmented.pop("pixel_values"))
         assert equal(plain, augmented)
     assert changed > 5

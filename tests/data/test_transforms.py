@@ -1,17 +1,15 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
-from torchvision.transforms.autoaugment import RandAugment, _apply_op
 
-from iet_sd.data.transforms import OPS, apply_op, rand_augment, view
-from iet_sd.errors import UserError
+from iet_sd.data.augmentation import Augmentation, augment
+from iet_sd.data.transforms import view
 
 R = 32
-SPACE = RandAugment()._augmentation_space(31, (48, 64))
 
 
 @pytest.fixture
@@ -32,10 +30,6 @@ def view_of(image, seed=0, **settings):
 
 def see(image, seed=0, **settings):
     return view_of(image, seed, **settings).pixel_values
-
-
-def same(one, other):
-    return ImageChops.difference(one, other).getbbox() is None
 
 
 @pytest.mark.parametrize("mode", [mode.lower() for mode in InterpolationMode.__members__])
@@ -113,8 +107,8 @@ def test_no_flip_unless_asked(photo):
 
 
 def test_one_seed_one_view(photo):
-    for magnitude in (None, 7.5):
-        assert torch.equal(see(photo, 3, magnitude=magnitude), see(photo, 3, magnitude=magnitude))
+    for how in (None, Augmentation(7.5)):
+        assert torch.equal(see(photo, 3, augmentation=how), see(photo, 3, augmentation=how))
     assert not torch.equal(see(photo, 3), see(photo, 4))
 
 
@@ -123,7 +117,7 @@ def test_crop_and_flip_do_not_depend_on_augmentation(photo, center_crop):
     for seed in range(10):
         plain = see(photo, seed, center_crop=center_crop)
         # No operations: the rest of the way is the same.
-        none = see(photo, seed, center_crop=center_crop, magnitude=5.0, num_ops=0)
+        none = see(photo, seed, center_crop=center_crop, augmentation=Augmentation(5.0, 0))
         assert torch.equal(plain, none)
 
 
@@ -132,69 +126,6 @@ def test_augmentation_comes_before_the_crop(photo):
     for seed in range(10):
         generator = seeded(seed)
         torch.rand(3, dtype=torch.float64, generator=generator)
-        augmented = rand_augment(resized, 2, 9.0, generator)
+        augmented = augment(resized, Augmentation(9.0), generator)
         plain = see(augmented, seed)
-        assert torch.equal(see(photo, seed, magnitude=9.0), plain)
-
-
-@pytest.mark.parametrize("op", list(SPACE))
-@pytest.mark.parametrize("magnitude", [0, 1, 5, 30])
-@pytest.mark.parametrize("negative", [False, True])
-def test_operations_equal_torchvision(photo, op, magnitude, negative):
-    scale, signed = SPACE[op]
-    level = float(scale[magnitude]) if scale.ndim else 0.0
-    level = -level if signed and negative else level
-    expected = _apply_op(photo, op, level, InterpolationMode.NEAREST, None)
-    assert same(apply_op(photo, op, magnitude, negative), expected)
-
-
-def test_list_of_operations_is_torchvisions():
-    assert list(OPS) == list(SPACE)
-    assert {op: signed for op, (_, signed) in OPS.items()} == {
-        op: signed for op, (_, signed) in SPACE.items()
-    }
-
-
-@pytest.mark.parametrize(
-    ("op", "level"),
-    [
-        ("Brightness", 0.9 * 2.5 / 30),
-        ("Rotate", 2.5),
-        ("ShearX", 0.3 * 2.5 / 30),
-        ("TranslateX", 150 / 331 * 64 * 2.5 / 30),
-        ("Solarize", 255 - 255 * 2.5 / 30),
-        ("Posterize", 8),
-    ],
-)
-def test_fractional_magnitude_lies_between_bins(photo, op, level):
-    expected = _apply_op(photo, op, level, InterpolationMode.NEAREST, None)
-    assert same(apply_op(photo, op, 2.5, False), expected)
-
-
-def test_rand_augment_draws_every_operation_and_sign(photo):
-    results = {op: set() for op in OPS}
-    by_picture = {
-        apply_op(photo, op, 9.0, negative).tobytes(): (op, negative)
-        for op in OPS
-        for negative in (False, True)
-    }
-    for seed in range(400):
-        op, negative = by_picture[rand_augment(photo, 1, 9.0, seeded(seed)).tobytes()]
-        results[op].add(negative)
-    for op, signs in results.items():
-        assert len(signs) == (2 if OPS[op][1] else 1), op
-
-
-def test_rand_augment_uses_its_generator_alone(photo):
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    one = rand_augment(photo, 4, 9.0, seeded(5))
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(1)
-    assert same(one, rand_augment(photo, 4, 9.0, seeded(5)))
-
-
-@pytest.mark.parametrize("magnitude", [-0.1, 30.1])
-def test_magnitude_off_the_scale(photo, magnitude):
-    with pytest.raises(UserError, match="0 to 30"):
-        rand_augment(photo, 1, magnitude, seeded(0))
+        assert torch.equal(see(photo, seed, augmentation=Augmentation(9.0)), plain)

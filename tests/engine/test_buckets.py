@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from iet_sd.config import MethodConfig
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import Visit, batches
 from iet_sd.engine import plan
@@ -89,7 +90,7 @@ def test_a_second_pass_of_one_size_is_one_batch(trainer_for, settings):
     taken = [Pending(i, 60 * i, 100 + i, 0.5) for i in (4, 0, 3, 7, 2)]
     loss_Q, samples = augmented_loss(trainer, taken)
     visits = [Visit(p.index, p.seed) for p in taken]
-    batch = collate([trainer.dataset.example(visit, 2.5, 2) for visit in visits])
+    batch = collate([trainer.dataset.example(visit, Augmentation(2.5)) for visit in visits])
     timesteps = torch.tensor([p.timestep for p in taken])
     assert torch.equal(loss_Q, trainer.objective.loss(batch, timesteps, "augmented"))
     assert samples == [(p.index, p.timestep) for p in taken]

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from iet_sd.config import MethodConfig
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import Visit, batches
 from iet_sd.engine import step
@@ -336,8 +337,8 @@ def test_refilled_batches_equal_a_loop_over_samples(threshold, trainer_for, sett
         filled += len(now) == 4
         clear(trainer)
         for i, t, seed, strength in now:
-            augment = () if strength is None else (5 * strength, 2)
-            batch = collate([trainer.dataset.example(Visit(i, seed), *augment)])
+            augmentation = None if strength is None else Augmentation(5 * strength)
+            batch = collate([trainer.dataset.example(Visit(i, seed), augmentation)])
             purpose = "score" if strength is None else "augmented"
             objective.loss(batch, torch.tensor([t]), purpose).sum().backward()
         for one, two in zip(got, gradients(trainer) if now else [], strict=True):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from iet_sd.config import MethodConfig
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import Visit, visits
 from iet_sd.engine.second_pass import Pending, take_or_drop
@@ -78,7 +79,9 @@ def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(score_pa
     strengths = [math.exp(-5 * abs(RATIOS[i] / 0.8 - 1)) for i in NEAR]
     augmented = collate(
         [
-            trainer.dataset.example(Visit(int(seen["index"][i]), int(seen["seed"][i])), 5 * s, 2)
+            trainer.dataset.example(
+                Visit(int(seen["index"][i]), int(seen["seed"][i])), Augmentation(5 * s)
+            )
             for i, s in zip(NEAR, strengths, strict=True)
         ]
     )

@@ -1,0 +1,149 @@
+"""Augmentation of a picture by a few random operations, of a strength on RandAugment's scale.
+
+Cubuk et al. 2020 (arXiv 1909.13719). Sizes are (width, height), as in PIL.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from iet_sd.errors import UserError
+
+# RandAugment's scale of magnitudes: 0, 1, ..., 30.
+BINS = 31
+
+Function = Callable[[Image.Image, float], Image.Image]
+Operations = Mapping[str, tuple[Function, bool]]
+"""Name: what it does to an image at a level, and whether the level has a sign."""
+
+
+class Augmentation(NamedTuple):
+    """How one picture is augmented."""
+
+    magnitude: float
+    """0 to 30."""
+    num_ops: int = 2
+    """Operations in a row."""
+    operations: Literal["randaugment", "gentle"] = "randaugment"
+    """Which, of `OPERATIONS`."""
+
+
+def augment(
+    image: Image.Image, augmentation: Augmentation, generator: torch.Generator
+) -> Image.Image:
+    """Operations that are drawn from ``generator``, one after another, at one magnitude.
+
+    image: mode RGB. Errors: `UserError` for a magnitude off the scale.
+    """
+    if not 0 <= augmentation.magnitude <= BINS - 1:
+        raise UserError(
+            f"--taa_magnitude must lie in 0 to {BINS - 1}; got {augmentation.magnitude:g}."
+        )
+    names = list(OPERATIONS[augmentation.operations])
+    for _ in range(augmentation.num_ops):
+        name = names[int(torch.randint(len(names), (), generator=generator))]
+        negative = bool(torch.randint(2, (), generator=generator))
+        image = apply(image, name, augmentation, negative)
+    return image
+
+
+def apply(image: Image.Image, name: str, augmentation: Augmentation, negative: bool) -> Image.Image:
+    """One operation; ``negative`` turns the direction of those that have two."""
+    function, signed = OPERATIONS[augmentation.operations][name]
+    level = _level(name, augmentation.magnitude, image.size)
+    return function(image, -level if signed and negative else level)
+
+
+def _level(name: str, magnitude: float, size: tuple[int, int]) -> float:
+    """What ``magnitude`` means for an operation, linear between the bins of torchvision's scale."""
+    # The ends of torchvision's scales; bins in float32 as there, so whole magnitudes agree exactly.
+    ends = {
+        "ShearX": (0.0, 0.3),
+        "ShearY": (0.0, 0.3),
+        "TranslateX": (0.0, 150.0 / 331.0 * size[0]),
+        "TranslateY": (0.0, 150.0 / 331.0 * size[1]),
+        "Rotate": (0.0, 30.0),
+        "Brightness": (0.0, 0.9),
+        "Color": (0.0, 0.9),
+        "Contrast": (0.0, 0.9),
+        "Sharpness": (0.0, 0.9),
+        "Posterize": (8.0, 4.0),
+        "Solarize": (255.0, 0.0),
+    }
+    if name not in ends:
+        return 0.0
+    bins = torch.linspace(*ends[name], BINS).tolist()
+    low = int(magnitude)
+    between = magnitude - low
+    return bins[low] + between * (bins[low + 1] - bins[low]) if between else bins[low]
+
+
+def _affine(
+    image: Image.Image,
+    translate: tuple[float, float] = (0, 0),
+    shear: tuple[float, float] = (0, 0),
+    center: tuple[int, int] | None = None,
+    interpolation: InterpolationMode = InterpolationMode.NEAREST,
+) -> Image.Image:
+    """Whole pixels of translation, and shear as the share by which a row or column moves."""
+    return F.affine(
+        image,
+        angle=0.0,
+        translate=[int(pixels) for pixels in translate],
+        scale=1.0,
+        shear=[math.degrees(math.atan(share)) for share in shear],
+        interpolation=interpolation,
+        center=center and list(center),
+    )
+
+
+def _mirrored(function: Function) -> Function:
+    """``function`` of a picture that goes on beyond its edges as its mirror image."""
+
+    def wider(image: Image.Image, level: float) -> Image.Image:
+        width, height = image.size
+        # On each side half of the longer one: more than any operation uncovers of either.
+        padded = F.pad(image, max(width, height) // 2, padding_mode="reflect")
+        return F.center_crop(function(padded, level), [height, width])
+
+    return wider
+
+
+_RANDAUGMENT: Operations = {
+    "Identity": (lambda image, _: image, False),
+    "ShearX": (lambda image, level: _affine(image, shear=(level, 0), center=(0, 0)), True),
+    "ShearY": (lambda image, level: _affine(image, shear=(0, level), center=(0, 0)), True),
+    "TranslateX": (lambda image, level: _affine(image, translate=(level, 0)), True),
+    "TranslateY": (lambda image, level: _affine(image, translate=(0, level)), True),
+    "Rotate": (lambda image, level: F.rotate(image, level), True),
+    "Brightness": (lambda image, level: F.adjust_brightness(image, 1 + level), True),
+    "Color": (lambda image, level: F.adjust_saturation(image, 1 + level), True),
+    "Contrast": (lambda image, level: F.adjust_contrast(image, 1 + level), True),
+    "Sharpness": (lambda image, level: F.adjust_sharpness(image, 1 + level), True),
+    "Posterize": (lambda image, level: F.posterize(image, round(level)), False),
+    "Solarize": (lambda image, level: F.solarize(image, level), False),
+    "AutoContrast": (lambda image, _: F.autocontrast(image), False),
+    "Equalize": (lambda image, _: F.equalize(image), False),
+}
+_SMOOTH = InterpolationMode.BILINEAR
+_GENTLE: Operations = {
+    "Identity": _RANDAUGMENT["Identity"],
+    "ShearX": (_mirrored(lambda i, x: _affine(i, shear=(x, 0), interpolation=_SMOOTH)), True),
+    "ShearY": (_mirrored(lambda i, x: _affine(i, shear=(0, x), interpolation=_SMOOTH)), True),
+    "TranslateX": (_mirrored(lambda i, x: _affine(i, translate=(round(x), 0))), True),
+    "TranslateY": (_mirrored(lambda i, x: _affine(i, translate=(0, round(x)))), True),
+    "Rotate": (_mirrored(lambda i, x: F.rotate(i, x, interpolation=_SMOOTH)), True),
+    "Color": _RANDAUGMENT["Color"],
+    "Sharpness": _RANDAUGMENT["Sharpness"],
+}
+OPERATIONS: Mapping[str, Operations] = {"randaugment": _RANDAUGMENT, "gentle": _GENTLE}
+"""``randaugment``: operations and scales of torchvision's, but for magnitudes between its bins.
+What a geometric operation uncovers becomes black, and some operations act at magnitude 0 too:
+AutoContrast and Equalize have no scale, and Solarize turns pure white black. A model learns to draw
+such marks. ``gentle``: those that do nothing at magnitude 0 and leave a blank page blank; what they
+uncover is the picture's mirror image, and pixels are interpolated."""
