@@ -59,11 +59,14 @@ SKIPPED, NEAR, FAR = [0, 1], [2, 3, 4], [5, 6, 7]
         ("auto", (8 + 3 + 3, 3 + 3, 8 + 3)),
     ],
 )
-def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(score_pass, cost, batch):
+@pytest.mark.parametrize("operations", ["randaugment", "gentle"])
+def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(
+    operations, score_pass, cost, batch
+):
     trainer, proxy, seen = batch
     losses, timesteps = losses_of(trainer, seen)
     memory = Memory(filled_bank(losses.detach(), timesteps, RATIOS))
-    given = {"bank_bins": 1000, "score_pass": score_pass}
+    given = {"bank_bins": 1000, "score_pass": score_pass, "taa_operations": operations}
     method = MethodConfig(**PRESETS["corrected"] | given)
     counts, skipped, _ = accumulate_gradient(
         trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, never
@@ -80,7 +83,8 @@ def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(score_pa
     augmented = collate(
         [
             trainer.dataset.example(
-                Visit(int(seen["index"][i]), int(seen["seed"][i])), Augmentation(5 * s)
+                Visit(int(seen["index"][i]), int(seen["seed"][i])),
+                Augmentation(5 * s, operations=operations),
             )
             for i, s in zip(NEAR, strengths, strict=True)
         ]
