@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, Value, load_dataset
+from filelock import FileLock
 
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from iet_sd.evaluation.prompts import choose
@@ -39,26 +40,31 @@ def prepare(setting: str, protocol: Protocol, work_dir: Path) -> tuple[Path, Pat
     Twemoji are fetched by npm from the registry, once.
     """
     folder = work_dir / "data" / f"{setting}-{protocol.fingerprint}"
-    if not folder.is_dir():
-        train, test = (
-            _twemoji(work_dir) if setting == "twemoji" else tuple(map(_fluent, ("train", "test")))
-        )
-        train = _some(train, protocol.images, "train")
-        test = _some(test, protocol.heldout, "test")
-        often = _often(train, protocol) if setting == "duplicated" else set()
-        once = [
-            row | {"copies": protocol.copies if row["sample_id"] in often else 1} for row in train
-        ]
-        rows = [
-            row | {"sample_id": f"{row['sample_id']}{f' copy {n}' if n else ''}"}
-            for row in once
-            for n in range(row["copies"])
-        ]
-        with atomic_folder(folder) as staging:
-            _write(rows, staging / "rows" / "train-00000-of-00001.parquet")
-            _write(test, staging / "rows" / "test-00000-of-00001.parquet")
-            _write(once, staging / "once" / "train-00000-of-00001.parquet")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Cells of a setting may start together.
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            _make(setting, protocol, work_dir, folder)
     return folder / "rows", folder / "once"
+
+
+def _make(setting: str, protocol: Protocol, work_dir: Path, folder: Path) -> None:
+    train, test = (
+        _twemoji(work_dir) if setting == "twemoji" else tuple(map(_fluent, ("train", "test")))
+    )
+    train = _some(train, protocol.images, "train")
+    test = _some(test, protocol.heldout, "test")
+    often = _often(train, protocol) if setting == "duplicated" else set()
+    once = [row | {"copies": protocol.copies if row["sample_id"] in often else 1} for row in train]
+    rows = [
+        row | {"sample_id": f"{row['sample_id']}{f' copy {n}' if n else ''}"}
+        for row in once
+        for n in range(row["copies"])
+    ]
+    with atomic_folder(folder) as staging:
+        _write(rows, staging / "rows" / "train-00000-of-00001.parquet")
+        _write(test, staging / "rows" / "test-00000-of-00001.parquet")
+        _write(once, staging / "once" / "train-00000-of-00001.parquet")
 
 
 def copies_of(once: Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -111,6 +112,19 @@ def test_duplicated_images_are_rows_of_their_own_and_all_are_drawn(duplicated, p
 
     table = load_dataset("parquet", data_dir=str(rows), split="train")
     assert len(table) == len(set(table["sample_id"])) == 10 + 2 * 3
+
+
+def test_cells_that_start_together_make_their_data_once(protocol, tmp_path, monkeypatch):
+    made, make = [], settings._make
+    monkeypatch.setattr(settings, "_make", lambda *given: made.append(given) or make(*given))
+    with ThreadPoolExecutor(4) as threads:
+        places = list(
+            threads.map(lambda _: settings.prepare("duplicated", protocol, tmp_path), range(4))
+        )
+    assert len(set(places)) == len(made) == 1
+    rows, once = places[0]
+    assert len(list(rows.iterdir())) == 2
+    assert len(settings.copies_of(once)) == protocol.images
 
 
 def test_a_killed_cell_goes_on_to_the_same_numbers(duplicated, protocol, tmp_path, monkeypatch):
