@@ -238,7 +238,7 @@ def test_a_run_is_a_process_with_its_time_memory_and_counts(tmp_path):
     chosen = setting(num_shards=2, steps=5)
     run = bench.run("a", ROWS["a"], chosen, 2)
     assert run.counts == plain_counts(20, 8)
-    assert 0.2 <= run.seconds < 2
+    assert 0.2 <= run.seconds < 60
     assert 0 < run.cpu < run.seconds
     assert 100 * 2**20 < run.peak < 200 * 2**20
     with pytest.raises(SystemExit, match="row a failed:\nno more"):

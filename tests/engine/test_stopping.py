@@ -114,11 +114,13 @@ def test_a_child_process_is_on_its_own(held):
     with Signals() as signals:
         if held:
             signals.hold()
+        begun, begins = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(begins, b"!")
             time.sleep(0.5)
             os._exit(7)
-        time.sleep(0.1)
+        os.read(begun, 1)
         os.kill(child, signal.SIGTERM)
         _, status = os.waitpid(child, 0)
         assert signals.number is None
