@@ -35,6 +35,8 @@ class Curves:
     """Memorization is ``memory`` over the quality: with minus the training loss, the gap."""
     by_prompt: bool = False
     """Quality is of the prompts, and drawn with them."""
+    percentile: float | None = None
+    """Memorization is this percentile over prompts, of each run, in place of the mean."""
 
     def of(self, seeds: Sequence[int]) -> "Curves":
         """The runs of some seeds, in their order."""
@@ -52,7 +54,11 @@ class Curves:
         """Quality and memorization at each reading (R,), over some of each."""
         images = prompts if self.by_prompt else heldout
         quality_R = self.quality_SRH[seeds][:, :, images].mean(axis=(0, 2))
-        memory_R = self.memory_SRP[seeds][:, :, prompts].mean(axis=(0, 2))
+        memory_SRP = self.memory_SRP[seeds][:, :, prompts]
+        if self.percentile is None:
+            memory_R = memory_SRP.mean(axis=(0, 2))
+        else:
+            memory_R = np.percentile(memory_SRP, self.percentile, axis=2).mean(axis=0)
         return quality_R, memory_R + quality_R if self.against_heldout else memory_R
 
     @property

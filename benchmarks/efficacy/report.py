@@ -2,7 +2,7 @@
 
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +39,13 @@ Methods = dict[str, Seeds]
 Results = Mapping[Cell, Result]
 PICTURES = "pictures"
 COMPARED = (
-    *((measure, "heldout_loss") for measure in ("excess", "excess_edges", "own", "gap")),
+    *((measure, "heldout_loss") for measure in ("excess", "p95", "excess_edges", "own", "gap")),
     *((measure, "kid_edges") for measure in ("excess", "own")),
     ("excess", "kid_pixels"),
 )
 """Measures, and at equal what."""
+_OFTEN = (("often", "heldout_loss"),)
+"""The same where some images are shown often."""
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
 
 
@@ -143,6 +145,8 @@ def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
     for part, chosen in (("", main), ("-parts", rest)):
         if len(chosen) > 1 or not part:
             parts += [_picture(f"{name}{part}", chosen, m, pictures, q) for m, q in _PLOTTED]
+    if setting == "duplicated":
+        parts += _compared(plain, paired, "###", _OFTEN)
     parts += _compared(plain, paired, "###")
     parts.append("### At the end of training: equal updates, not equal quality\n")
     parts.append(readings_table(methods, lambda loss_R: len(loss_R) - 1, base=True))
@@ -198,10 +202,12 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
     )
 
 
-def _compared(plain: Seeds, methods: Methods, level: str) -> list[str]:
-    """Tables of all measures at equal quality, each with a title of some level."""
+def _compared(
+    plain: Seeds, methods: Methods, level: str, what: Sequence[tuple[str, str]] = COMPARED
+) -> list[str]:
+    """Tables of measures at equal quality, each with a title of some level."""
     parts = []
-    for measure, quality in COMPARED if methods else ():
+    for measure, quality in what if methods else ():
         found = {
             label: compare(*(curves_of(each, measure, quality) for each in (plain, runs)))
             for label, runs in methods.items()

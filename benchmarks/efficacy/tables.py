@@ -18,11 +18,13 @@ Seeds = Mapping[int, Result]
 
 @dataclass(frozen=True)
 class Measure:
-    """A sign of memorization, with a value for each prompt."""
+    """A sign of memorization, with a value for each prompt, or for some of them."""
 
     title: str
     of_RP: Callable[[Result], np.ndarray]
     against_heldout: bool = False
+    percentile: float | None = None
+    """In place of the mean over prompts."""
 
 
 def _excess(embedder: str) -> Callable[[Result], np.ndarray]:
@@ -32,8 +34,25 @@ def _excess(embedder: str) -> Callable[[Result], np.ndarray]:
     )
 
 
+def _over_p95(result: Result) -> np.ndarray:
+    """Whose 95th percentile is the excess of that of similarity."""
+    heldout = np.percentile(result.about["heldout_similarity"]["pixels"], 95)
+    return result.column("similarity_pixels") - heldout
+
+
+def is_often(result: Result) -> np.ndarray:
+    """Whether the training image of each prompt is there several times: (P,)."""
+    return np.array(result.about["copies"]) > 1
+
+
+def _excess_often(result: Result) -> np.ndarray:
+    return _excess("pixels")(result)[:, is_often(result)]
+
+
 MEASURES = {
     "excess": Measure("excess similarity (pixels)", _excess("pixels")),
+    "p95": Measure("excess p95, the paper's score (pixels)", _over_p95, percentile=95),
+    "often": Measure("excess similarity of images shown often (pixels)", _excess_often),
     "excess_edges": Measure("excess similarity (edges)", _excess("edges")),
     "own": Measure("own-image share", lambda r: r.column("is_own_pixels").astype(float)),
     "copies": Measure("l2 copies", lambda r: (r.column("l2_ratio") < 1).astype(float)),
@@ -50,17 +69,13 @@ def curves_of(runs: Seeds, measure: str, quality: str = "heldout_loss") -> Curve
         np.stack([found.of_RP(runs[seed]) for seed in seeds]),
         found.against_heldout,
         by_prompt=quality != "heldout_loss",
+        percentile=found.percentile,
     )
 
 
 def scalar(runs: Seeds, name: str) -> np.ndarray:
     """A number of each reading, as a mean over seeds: (R,)."""
     return np.mean([NUMBERS[name](run) for run in runs.values()], axis=0)
-
-
-def _p95_excess(result: Result) -> np.ndarray:
-    heldout = np.percentile(result.about["heldout_similarity"]["pixels"], 95)
-    return np.percentile(result.column("similarity_pixels"), 95, axis=1) - heldout
 
 
 def _mean(measure: str) -> Callable[[Result], np.ndarray]:
@@ -77,7 +92,6 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
     "passes": lambda r: r.column("forward") + r.column("backward"),
     "heldout_loss": lambda r: r.column("heldout_loss").mean(axis=1),
     **{name: _mean(name) for name in MEASURES},
-    "p95": _p95_excess,
     "authentic": lambda r: r.column("authentic_pixels").mean(axis=1),
     "auc": lambda r: np.array(
         [
@@ -186,7 +200,7 @@ def copies_table(methods: Mapping[str, Seeds]) -> str:
     head = ["method", "n", "own image, once", "often", "excess mean, once", "often"]
     rows = [head, ["---"] * len(head)]
     for label, runs in methods.items():
-        often_P = np.array(next(iter(runs.values())).about["copies"]) > 1
+        often_P = is_often(next(iter(runs.values())))
         last = {m: curves_of(runs, m).memory_SRP[:, -1] for m in ("own", "excess")}
         values = [last[m][:, chosen].mean() for m in last for chosen in (~often_P, often_P)]
         forms = ("{:.0%}", "{:.0%}", "{:+.3f}", "{:+.3f}")

@@ -542,9 +542,19 @@ def test_the_report_marks_what_is_to_be_run_again(report_of):
 
 
 def test_the_report_tells_duplicated_images_apart(report_of):
-    text = report_of([planted(Protocol(), "plain", 0, 1, 1.0, "duplicated")])
+    found = [planted(Protocol(), "plain", 0, 1, 1.0, "duplicated")]
+    found.append(planted(Protocol(), "agc", 0, 1, 0.5, "duplicated"))
+    # Those that are often are given back with half of the similarity that others have.
+    often = np.array(found[1].about["copies"]) > 1
+    for row in found[1].rows[1:]:
+        row["similarity_pixels"] = list(np.where(often, 0.5, row["similarity_pixels"]))
+    text = report_of(found)
     # Of 20 prompts the first 8 give their own image, of which 5 are shown often.
     assert "| plain | 1 | 20% | 100% |" in text
+    table = text.partition("excess similarity of images shown often")[2].partition("###")[0]
+    (row,) = [line.split("|") for line in table.splitlines() if line.startswith("| agc ")]
+    baseline = np.mean(found[1].about["heldout_similarity"]["pixels"])
+    assert float(row[-5]) == pytest.approx(0.5 - baseline, abs=6e-4)
 
 
 def test_the_report_of_nothing_and_of_plain_alone_is_whole(report_of):

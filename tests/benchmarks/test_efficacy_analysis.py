@@ -124,6 +124,18 @@ def test_the_gap_counts_the_heldout_loss():
     np.testing.assert_allclose(memory_R, quality_R - MEMORY)
 
 
+def test_a_percentile_is_of_each_run_over_the_prompts_drawn():
+    rng = np.random.default_rng(5)
+    memory = rng.standard_normal((2, 4, 40))
+    runs = Curves((0, 1), np.ones((2, 4, 6)), memory, percentile=95)
+    prompts = np.array([3, 3, 7, 21, 39])
+    _, memory_R = runs.means(slice(None), prompts, slice(None))
+    expected = [
+        np.mean([np.percentile(memory[s, r, prompts], 95) for s in (0, 1)]) for r in range(4)
+    ]
+    np.testing.assert_allclose(memory_R, expected)
+
+
 def test_quality_of_prompts_is_drawn_with_them():
     """A measure that is the quality itself is at its level in every draw."""
     rng = np.random.default_rng(3)
