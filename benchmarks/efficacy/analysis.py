@@ -94,6 +94,8 @@ class Comparison:
     levels: tuple[Level, ...]
     area: Estimate
     """The difference, as a mean over levels from half of the gain to all of it."""
+    best: Estimate
+    """By how much the second's best quality is better than the first's."""
 
 
 def least_memory(
@@ -168,12 +170,13 @@ def compare(
         reduction_L = np.where(a_L > 0, 1 - left_L, NO_REDUCTION)
         count, difference_L = len(shares), a_L - b_L
         parts = [x[:count] for x in (a_L, b_L, difference_L, reduction_L)]
-        return np.concatenate([*parts, [difference_L[count:].mean()]])
+        best = curves[0][0].min() - curves[1][0].min()
+        return np.concatenate([*parts, [difference_L[count:].mean(), best]])
 
     units = [np.arange(first.memory_SRP.shape[2]), np.arange(first.quality_SRH.shape[2])]
     if len(seeds) > 1:
         units.append(np.arange(len(seeds)))
-    *found, area = bootstrap(statistic, *units, resamples=resamples, seed=seed)
+    *found, area, best = bootstrap(statistic, *units, resamples=resamples, seed=seed)
     level_L = common_levels(means[0][0], means[1][0], shares)
     place_2L = [least_memory(*curve, level_L + _HAIR)[1] for curve in means]
     count = len(shares)
@@ -192,7 +195,7 @@ def compare(
                 (float(place_2L[0][i]), float(place_2L[1][i])),
             )
         )
-    return Comparison(seeds, tuple(levels), area)
+    return Comparison(seeds, tuple(levels), area, best)
 
 
 def best_reading(quality_R: np.ndarray) -> int:

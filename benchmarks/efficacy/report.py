@@ -190,7 +190,8 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
             f"- **{label}** (n = {len(comparison.seeds)}): {word}. Excess "
             f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
             f"held-out loss {level.quality:.4f}; less by {interval(level.difference, '{:+.3f}')}"
-            f"{share}. KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}."
+            f"{share}. KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}. The best "
+            f"held-out loss is lower by {interval(comparison.best, '{:+.4f}')}."
         )
     if not lines:
         return "Nothing to compare with plain yet.\n"

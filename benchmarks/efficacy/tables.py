@@ -156,17 +156,20 @@ def comparison_table(
     """A row a method: how much less it memorizes than plain at each level, and as a mean over them.
 
     Beside that, at the level of `HEADLINE`: quality, plain, the method, the reduction, what
-    ``other``, another measure of quality, is where each curve is then, and a word.
+    ``other``, another measure of quality, is where each curve is then, and a word; and by how much
+    the method's best quality is better than plain's.
     """
     shares = [f"{share:.0%}" for share in LEVELS]
     at = shares[HEADLINE]
     head = ["method", "n", *(f"less by, at {share}" for share in shares), "mean of 50 to 100%"]
     head += [f"{TITLES[quality]} at {at}", "plain there", "method there", "reduction"]
     head += [f"{TITLES[other]}: plain, method", "memorizes"]
+    head += [f"best {TITLES[quality]} is lower by"]
     rows = [head, ["---"] * len(head)]
     for label, comparison in found.items():
         if comparison is None:
-            rows.append([label, *[""] * (len(head) - 2), "never better than before training"])
+            never = "never better than before training"
+            rows.append([label, *[""] * (len(head) - 3), never, ""])
             continue
         level = comparison.levels[HEADLINE]
         differences = [each.difference for each in comparison.levels]
@@ -184,6 +187,7 @@ def comparison_table(
                     f"{at_place(*pair, other):.3f}" for pair in zip(runs, level.places, strict=True)
                 ),
                 verdict(level.difference),
+                interval(comparison.best, "{:+.4f}"),
             ]
         )
     return as_table(rows)

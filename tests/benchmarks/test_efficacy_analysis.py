@@ -96,6 +96,7 @@ def test_a_method_that_never_gets_as_good_is_compared_where_it_gets():
     )
     top = poor.levels[-1]
     assert top.quality == pytest.approx(7)
+    assert poor.best.value == pytest.approx(QUALITY.min() - 7)
     assert (top.first.value, top.second.value) == pytest.approx((0.75, 0.5))
 
 
