@@ -48,20 +48,14 @@ class Table:
             starts += range(first, first + size, ROWS)
             first += size
         self._starts = torch.tensor(starts)
-        self._stops = [*starts[1:], first]
+        self.files = [
+            (self.folder / f"{number:05d}.safetensors", range(start, stop))
+            for number, (start, stop) in enumerate(zip(starts, [*starts[1:], first], strict=True))
+        ]
+        """Each file, and the rows it holds."""
 
     def __len__(self) -> int:
         return sum(self.groups)
-
-    @property
-    def files(self) -> list[tuple[Path, range]]:
-        """Each file, and the rows it holds."""
-        return [
-            (self.folder / f"{number:05d}.safetensors", range(start, stop))
-            for number, (start, stop) in enumerate(
-                zip(self._starts.tolist(), self._stops, strict=True)
-            )
-        ]
 
     def missing(self) -> list[tuple[Path, range]]:
         """The files that are yet to be made."""
