@@ -73,16 +73,8 @@ class DataConfig:
     equal images are kept in one shard, and an image that changes is noticed. none: open large data
     sets at once and read an image when it is met (with --aspect_ratio_buckets, its size before)."""
 
-    cache: Literal["auto", "on", "off"] = "auto"
-    """Encode images and captions once and keep that under --cache_dir (by default beside what
-    Hugging Face keeps): posteriors of the VAE, of which every visit draws a fresh latent, and text
-    embeddings. auto: what gives the same training, and pays; on: both, or say why not."""
-    cache_crops: int | None = None
-    """Where crops are random: how many of each image are encoded, of which a visit draws one.
-    Default: none, so that --cache auto leaves images that are cropped at random to the VAE."""
-
     def __post_init__(self) -> None:
-        positive(self, "resolution", "max_train_samples", "cache_crops")
+        positive(self, "resolution", "max_train_samples")
         not_negative(self, "keep_tokens")
         share = self.proportion_empty_prompts
         if not 0 <= share <= 1:

@@ -25,6 +25,13 @@ class TrainingConfig:
     """Images in a batch."""
     dataloader_num_workers: int = 0
     """Processes that load images. 0: the main process does it."""
+    cache: Literal["auto", "on", "off"] = "auto"
+    """Encode images and captions once and keep that under --cache_dir (by default beside what
+    Hugging Face keeps): posteriors of the VAE, of which every visit draws a fresh latent, and text
+    embeddings. auto: what gives the same training, and pays; on: both, or say why not."""
+    cache_crops: int | None = None
+    """Where crops are random: how many of each image are encoded, of which a visit draws one.
+    Default: none, so that --cache auto leaves images that are cropped at random to the VAE."""
     num_train_epochs: int = 100
     """Passes over the data, if neither --max_train_steps nor --steps_per_round is given."""
     max_train_steps: int | None = None
@@ -146,7 +153,7 @@ class TrainingConfig:
         positive(self, "dream_detail_preservation", "lr_num_cycles", "lr_power")
         not_negative(self, "checkpointing_rounds", "adam_epsilon", "validation_guidance_scale")
         below_one(self, "adam_beta1", "adam_beta2")
-        positive(self, "max_train_steps", "snr_gamma", "text_encoder_lr")
+        positive(self, "max_train_steps", "snr_gamma", "text_encoder_lr", "cache_crops")
         positive(self, "validation_rounds", "checkpoints_total_limit")
         if self.fused_adamw and self.use_8bit_adam:
             raise UserError(

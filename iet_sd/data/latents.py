@@ -41,11 +41,11 @@ class Variants(Dataset):
     crops each has a place drawn from its image's content, so other runs find the same.
     """
 
-    def __init__(self, source: Source, config: DataConfig) -> None:
-        """``cache_crops`` of ``config`` counts where a crop is drawn at all."""
+    def __init__(self, source: Source, config: DataConfig, crops: int | None = None) -> None:
+        """``crops`` of each image, where a crop is drawn at all."""
         self.source, self.config = source, config
         drawn = crops_drawn(source, config)
-        self.crops = config.cache_crops or 1 if drawn else 1
+        self.crops = crops or 1 if drawn else 1
         self.flips = 2 if config.random_flip else 1
         # By content, so that a data set in another order is the same one; equal images share.
         self.first_row: dict[tuple[Any, str], int] = {}

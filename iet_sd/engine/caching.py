@@ -44,12 +44,12 @@ def why_not(config: Config, source: Source) -> dict[str, str]:
 
     Errors: `UserError` for ``--cache on`` where anything cannot.
     """
-    data, reasons = config.data, {}
-    if data.cache == "off":
+    data, training, reasons = config.data, config.training, {}
+    if training.cache == "off":
         return dict.fromkeys(("images", "captions"), "--cache off")
     if None in source.digests:
         reasons["images"] = "--check_images none leaves unknown what they hold"
-    elif crops_drawn(source, data) and data.cache_crops is None:
+    elif crops_drawn(source, data) and training.cache_crops is None:
         reasons["images"] = (
             "a random crop is cut from them: choose how many are kept of each by --cache_crops, or "
             "use --center_crop"
@@ -58,7 +58,7 @@ def why_not(config: Config, source: Source) -> dict[str, str]:
         reasons["captions"] = "--train_text_encoder changes what they are encoded to"
     elif data.shuffle_caption:
         reasons["captions"] = "--shuffle_caption makes new ones in every visit"
-    if reasons and data.cache == "on":
+    if reasons and training.cache == "on":
         listed = "; ".join(f"{what}, as {reason}" for what, reason in reasons.items())
         raise UserError(
             f"--cache on: cannot encode once and for all {listed}. Use --cache auto, which keeps "
@@ -93,8 +93,10 @@ def choose(config: Config, source: Source, visits: int) -> Beforehand:
     visits: looks at samples in the whole run; to encode more than that would not pay.
     Errors: `UserError` for ``--cache on`` where anything cannot be.
     """
-    reasons, always = why_not(config, source), config.data.cache == "on"
-    variants = None if "images" in reasons else Variants(source, config.data)
+    reasons, always = why_not(config, source), config.training.cache == "on"
+    variants = (
+        None if "images" in reasons else Variants(source, config.data, config.training.cache_crops)
+    )
     captions = None if "captions" in reasons else _captions(source, config)
     if variants is not None and len(variants) > visits and not always:
         variants, reasons["images"] = None, "there are more views of them than visits"

@@ -178,7 +178,7 @@ def test_rows_of_ours_are_as_long_as_the_peer(key, mode, tmp_path):
     assert config.training.max_train_steps == 2 * 3 * 4
     assert method.num_shards == (2 if ROWS[key].skips else 1)
     assert method.num_rounds == 4
-    assert config.data.cache == ("on" if ROWS[key].cached else "off")
+    assert config.training.cache == ("on" if ROWS[key].cached else "off")
     assert config.model.train_mode == mode
     if ROWS[key].skips:
         assert method.agc_threshold == pytest.approx(0.97, abs=0.01)

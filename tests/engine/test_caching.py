@@ -299,7 +299,7 @@ def test_variants_know_their_images(settings):
     config = settings(cache="on", aspect_ratio_buckets="24,40;32,32", cache_crops=2)
     source = load_source(config.data)
     source = replace(source, sizes=tuple((24, 40) if i % 3 else (32, 32) for i in range(16)))
-    variants = Variants(source, config.data)
+    variants = Variants(source, config.data, config.training.cache_crops)
     assert sum(variants.groups) == len(variants) == 32
     sizes = [variants.size_of(row) for row in range(32)]
     assert sizes == sorted(sizes)
