@@ -118,6 +118,7 @@ PARTS = (
 
 OFTEN = ("plain", "agc", "agc_taa_gentle", "agc_calibrated")
 BEYOND = ("plain", "agc_taa_gentle", "iet", "iet_agc_plus_gentle", "ema", "agc")
+CONTROLS = ("constant_gentle", "iet_agc_plus_gentle", "agc_random_skip", "iet")
 TRIED = ("agc_calibrated", "constant_gentle", "agc_calibrated_taa_gentle", "agc_taa_told")
 
 
@@ -142,8 +143,9 @@ def beyond(rate: Rate) -> Iterator[Cell]:
     cell = lambda setting, method, seed: make(rate, setting, "full", method, seed)  # noqa: E731
     yield from (cell("duplicated", method, SEEDS[0]) for method in OFTEN)
     yield from (cell("duplicated", method, seed) for seed in SEEDS for method in OFTEN[:3])
+    yield cell("fluent", "agc_taa_gentle", SEEDS[0])
+    yield from (cell("duplicated", method, SEEDS[0]) for method in CONTROLS)
     yield from (cell("fluent", method, SEEDS[0]) for method in BEYOND)
-    yield from (cell("duplicated", method, SEEDS[0]) for method in ("iet_agc_plus_gentle", "iet"))
     for seed in SEEDS:
         yield from (cell("duplicated", method, seed) for method in OFTEN)
         yield from (cell("fluent", method, seed) for method in BEYOND)
