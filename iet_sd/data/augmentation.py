@@ -102,13 +102,18 @@ def _affine(
     )
 
 
-def _mirrored(function: Function) -> Function:
-    """``function`` of a picture that goes on beyond its edges as its mirror image."""
+def _mirrored(function: Function, reach: Callable[[float], float]) -> Function:
+    """``function`` of a picture that goes on beyond its edges as its mirror image.
+
+    ``reach``: how far beyond an edge it looks at a level above 0, in shares of half of the longer
+    side.
+    """
 
     def wider(image: Image.Image, level: float) -> Image.Image:
         width, height = image.size
-        # On each side half of the longer one: more than any operation uncovers of either.
-        padded = F.pad(image, max(width, height) // 2, padding_mode="reflect")
+        # And the neighbours of a pixel, between which it is interpolated.
+        margin = math.ceil(reach(abs(level)) * max(width, height) / 2) + 2
+        padded = F.pad(image, margin, padding_mode="reflect")
         return F.center_crop(function(padded, level), [height, width])
 
     return wider
@@ -130,14 +135,38 @@ _RANDAUGMENT: Operations = {
     "AutoContrast": (lambda image, _: F.autocontrast(image), False),
     "Equalize": (lambda image, _: F.equalize(image), False),
 }
-_SMOOTH = InterpolationMode.BILINEAR
+
+
+def _gentle_shear(axis: int) -> Function:
+    def shear(image: Image.Image, level: float) -> Image.Image:
+        shares = (level, 0) if axis == 0 else (0, level)
+        return _affine(image, shear=shares, interpolation=InterpolationMode.BILINEAR)
+
+    return _mirrored(shear, lambda level: level)
+
+
+def _gentle_shift(axis: int) -> Function:
+    def shift(image: Image.Image, level: float) -> Image.Image:
+        pixels = round(level)
+        width, height = image.size
+        by = (pixels, 0) if axis == 0 else (0, pixels)
+        padded = F.pad(image, abs(pixels), padding_mode="reflect")
+        return F.crop(padded, abs(pixels) - by[1], abs(pixels) - by[0], height, width)
+
+    return shift
+
+
+def _turn(image: Image.Image, degrees: float) -> Image.Image:
+    return F.rotate(image, degrees, InterpolationMode.BILINEAR)
+
+
 _GENTLE: Operations = {
     "Identity": _RANDAUGMENT["Identity"],
-    "ShearX": (_mirrored(lambda i, x: _affine(i, shear=(x, 0), interpolation=_SMOOTH)), True),
-    "ShearY": (_mirrored(lambda i, x: _affine(i, shear=(0, x), interpolation=_SMOOTH)), True),
-    "TranslateX": (_mirrored(lambda i, x: _affine(i, translate=(round(x), 0))), True),
-    "TranslateY": (_mirrored(lambda i, x: _affine(i, translate=(0, round(x)))), True),
-    "Rotate": (_mirrored(lambda i, x: F.rotate(i, x, interpolation=_SMOOTH)), True),
+    "ShearX": (_gentle_shear(0), True),
+    "ShearY": (_gentle_shear(1), True),
+    "TranslateX": (_gentle_shift(0), True),
+    "TranslateY": (_gentle_shift(1), True),
+    "Rotate": (_mirrored(_turn, lambda degrees: math.sin(math.radians(degrees))), True),
     "Color": _RANDAUGMENT["Color"],
     "Sharpness": _RANDAUGMENT["Sharpness"],
 }
