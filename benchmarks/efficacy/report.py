@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.efficacy import results as files
-from benchmarks.efficacy.analysis import best_reading, compare, verdict
+from benchmarks.efficacy.analysis import LEVELS, Comparison, best_reading, compare, verdict
 from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.methods import METHODS
@@ -46,6 +46,7 @@ COMPARED = (
 """Measures, and at equal what."""
 _OFTEN = (("often", "heldout_loss"),)
 """The same where some images are shown often."""
+_GLANCE = ("heldout_loss", "kid_edges", "kid_pixels")
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
 
 
@@ -56,11 +57,10 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("*.png"):
         old.unlink()
-    parts = [_head(known, protocol)]
-    for setting, mode in _places(known):
-        methods = by_method(known, setting, mode)
-        if "plain" in methods:
-            parts.append(_section(setting, mode, methods, pictures))
+    places = {place: by_method(known, *place) for place in _places(known)}
+    places = {place: methods for place, methods in places.items() if "plain" in methods}
+    parts = [_head(known, protocol), _glance(places)]
+    parts += [_section(*place, methods, pictures) for place, methods in places.items()]
     parts.append(_tuning(known, pictures))
     parts.append(_left(known, protocol))
     path = output / "RESULTS.md"
@@ -130,6 +130,51 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
 - Rates are chosen by the lowest held-out loss on seed {TUNING_SEED}, which no table uses but those
   of the rates. A row *to be run again* is of a run whose settings have changed since.
 """
+
+
+def _glance(places: Mapping[tuple[str, str], Methods]) -> str:
+    """All methods in one table: memorization at equal quality, by two measures of quality."""
+    at = f"{LEVELS[HEADLINE]:.0%}"
+    head = ["data", "method", "what it is", "n"]
+    head += [f"less at {at} of the gain in {TITLES[q]}" for q in _GLANCE]
+    head += ["best held-out loss is lower by"]
+    rows = [head, ["---"] * len(head)]
+    for (setting, mode), methods in places.items():
+        plain = methods["plain"]
+        for label, runs in methods.items():
+            if label == "plain" or not set(runs) & set(plain):
+                continue
+            found = {
+                q: compare(curves_of(plain, "excess", q), curves_of(runs, "excess", q))
+                for q in _GLANCE
+            }
+            loss = found["heldout_loss"]
+            rows.append(
+                [
+                    f"{setting}, {mode}",
+                    label,
+                    METHODS[next(iter(runs.values())).cell.method].text,
+                    str(len(set(runs) & set(plain))),
+                    *map(_in_short, found.values()),
+                    interval(loss.best, "{:+.4f}") if loss else "",
+                ]
+            )
+    if len(rows) == 2:
+        return ""
+    return (
+        "## At a glance\n\nExcess similarity (pixels) against early stopping of plain fine-tuning; "
+        "in brackets 95 % intervals; as a share of plain's where that is surely above 0.\n\n"
+        + as_table(rows)
+    )
+
+
+def _in_short(comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "never better than before training"
+    level = comparison.levels[HEADLINE]
+    share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
+    word = verdict(level.difference)
+    return f"**{word}**: {interval(level.difference, '{:+.3f}')}{share}"
 
 
 def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
