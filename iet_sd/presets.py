@@ -1,7 +1,8 @@
 """Methods and presets as data: values of `MethodConfig` fields, nothing else.
 
 ``METHODS`` switches parts on and off; ``PRESETS`` reads the rules as the authors' code does
-(``paper``) or with its accidents repaired (``corrected``). There is one implementation.
+(``paper``), with its accidents repaired (``corrected``), or so and with augmentation that leaves no
+marks (``gentle``). There is one implementation.
 """
 
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank_bias": "raw",
         "bank_bins": 1000,
         "taa_strength": "batch",
+        "taa_operations": "randaugment",
         "taa_leftovers": "drop",
         "step_unit": "batch",
         "taa_min_strength": 0.0,
@@ -37,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bank_bias": "corrected",
         "bank_bins": 50,
         "taa_strength": "sample",
+        "taa_operations": "randaugment",
         "taa_leftovers": "train",
         "step_unit": "update",
         "taa_min_strength": 0.1,
@@ -49,6 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shard_split": "seeded",
     },
 }
+PRESETS["gentle"] = PRESETS["corrected"] | {"taa_operations": "gentle"}
 
 
 def stand_for(written: Mapping[str, Any], preset: str, method: str) -> dict[str, Any]:

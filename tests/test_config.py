@@ -124,6 +124,17 @@ def test_the_paper_steps_after_an_empty_batch_unless_there_is_taa(loaded, flags)
     assert loaded("empty_batch: step\ntaa: false")["empty_batch"] == "step"
 
 
+def test_presets_say_the_same_things_so_that_one_replaces_another_whole(loaded):
+    names = set(PRESETS["paper"])
+    assert all(set(preset) == names for preset in PRESETS.values())
+    other = {name for name in names if PRESETS["gentle"][name] != PRESETS["corrected"][name]}
+    assert other == {"taa_operations"}
+    found = loaded("preset: paper", "--preset", "gentle")
+    assert {name: found[name] for name in names - {"empty_batch"}} == {
+        name: PRESETS["gentle"][name] for name in names - {"empty_batch"}
+    }
+
+
 def test_what_is_written_beside_a_preset_wins(loaded):
     assert loaded("bank_bins: 7\npreset: paper")["bank_bins"] == 7
     assert loaded("", "--bank_bins", "7", "--preset", "paper")["bank_bins"] == 7
@@ -182,7 +193,7 @@ def test_switching_parts_off(loaded):
         ("revision: 2", "revision must be a text; got 2"),
         ("validation_prompts: a cat", "validation_prompts must be a list of texts; got 'a cat'"),
         ("validation_prompts: [a, 1]", "validation_prompts must be a list of texts"),
-        ("preset: papers", "preset must be one of corrected, paper; got 'papers'"),
+        ("preset: papers", "preset must be one of corrected, gentle, paper; got 'papers'"),
         ("report_to: no", "report_to must be one of tensorboard, wandb, comet_ml, all, none"),
         ("- a list", "expected lines of `name: value`"),
         ("a: b: c", "not valid YAML"),

@@ -17,8 +17,9 @@ class MethodConfig:
 
     method: Literal["iet_agc_plus", "iet_agc", "iet", "none"] = "iet_agc_plus"
     """iet_agc_plus: all parts. iet_agc: shards and skipping. iet: shards alone. none: plain."""
-    preset: Literal["corrected", "paper"] = "corrected"
-    """corrected: the method with the accidents of the authors' code repaired. paper: as theirs."""
+    preset: Literal["corrected", "gentle", "paper"] = "corrected"
+    """corrected: the method with the accidents of the authors' code repaired. paper: as theirs.
+    gentle: corrected, with augmentation that leaves no marks in what the model draws."""
     num_shards: int = 4
     """Shards of the data, each with a proxy of the model (K)."""
     num_rounds: int = 10
