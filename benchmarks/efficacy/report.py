@@ -46,6 +46,8 @@ COMPARED = (
 """Measures, and at equal what."""
 _OFTEN = (("often", "heldout_loss"),)
 """The same where some images are shown often."""
+_SHOWN = (*MAIN, "agc_taa_gentle", "iet_agc_plus_gentle")
+"""Methods of the first pictures; the others have some of their own."""
 _GLANCE = ("heldout_loss", "kid_edges", "kid_pixels")
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
 
@@ -185,8 +187,8 @@ def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
     name = f"{setting}-{mode}"
     parts = [f"## {SETTINGS[setting]}, {weights}\n", _does_plain(plain)]
     parts.append(_in_words(plain, paired))
-    main = {label: runs for label, runs in methods.items() if label in MAIN}
-    rest = {"plain": plain} | {k: v for k, v in others.items() if k not in MAIN}
+    main = {label: runs for label, runs in methods.items() if label in _SHOWN}
+    rest = {"plain": plain} | {k: v for k, v in others.items() if k not in _SHOWN}
     for part, chosen in (("", main), ("-parts", rest)):
         if len(chosen) > 1 or not part:
             parts += [_picture(f"{name}{part}", chosen, m, pictures, q) for m, q in _PLOTTED]
