@@ -41,3 +41,10 @@ def picture(number):
     """A picture of 20 x 16 that no other number gives."""
     pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def photo():
+    """Noise of 64 x 48 (width x height), not stretched by AutoContrast to nothing."""
+    values = np.random.default_rng(0).integers(10, 200, (48, 64, 3), dtype=np.uint8)
+    return Image.fromarray(values)

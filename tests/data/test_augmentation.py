@@ -15,13 +15,6 @@ SPACE = RandAugment()._augmentation_space(31, (48, 64))
 RAND, GENTLE = OPERATIONS["randaugment"], OPERATIONS["gentle"]
 
 
-@pytest.fixture
-def photo():
-    """Noise of 64 x 48 (width x height), not stretched by AutoContrast to nothing."""
-    values = np.random.default_rng(0).integers(10, 200, (48, 64, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,13 +9,6 @@ from iet_sd.data.augmentation import Augmentation, augment
 from iet_sd.data.transforms import view
 
 R = 32
-
-
-@pytest.fixture
-def photo():
-    """Noise of 64 x 48 (width x height), not stretched by AutoContrast to nothing."""
-    values = np.random.default_rng(0).integers(10, 200, (48, 64, 3), dtype=np.uint8)
-    return Image.fromarray(values)
 
 
 def seeded(seed):
