@@ -27,9 +27,7 @@ BEFORE = {"score_pass": "train", "taa_min_batch": 0.0, "taa_operations": "randau
 
 _OFF = {"agc": False, "taa": False, "msr": False}
 _AGC = _OFF | {"agc": True, "score_pass": BEFORE["score_pass"]}
-_AGC_TAA = (
-    _AGC | {"taa": True} | {name: BEFORE[name] for name in ("taa_min_batch", "taa_operations")}
-)
+_AGC_TAA = _AGC | BEFORE | {"taa": True}
 _ALL = _AGC_TAA | {"msr": True}
 _GENTLE = {"taa_operations": "gentle"}
 _READ_ANEW = {"cache": "off"}  # a cache has no caption that a swap makes up

@@ -10,7 +10,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.efficacy import results as files
-from benchmarks.efficacy.analysis import LEVELS, Comparison, best_reading, compare, verdict
+from benchmarks.efficacy.analysis import (
+    LEVELS,
+    Comparison,
+    Level,
+    best_reading,
+    compare,
+    verdict,
+)
 from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.methods import METHODS
@@ -174,9 +181,13 @@ def _in_short(comparison: Comparison | None) -> str:
     if comparison is None:
         return "never better than before training"
     level = comparison.levels[HEADLINE]
+    return f"**{verdict(level.difference)}**: {_less_by(level)}"
+
+
+def _less_by(level: Level) -> str:
+    """How much less a method memorizes, and as a share where there is one."""
     share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
-    word = verdict(level.difference)
-    return f"**{word}**: {interval(level.difference, '{:+.3f}')}{share}"
+    return f"{interval(level.difference, '{:+.3f}')}{share}"
 
 
 def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
@@ -227,7 +238,6 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
             lines.append(f"- **{label}** (n = {len(runs)}): never better than before training.")
             continue
         level = comparison.levels[HEADLINE]
-        share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
         pair = zip((plain, runs), level.places, strict=True)
         kids = [at_place(each, place, "kid_edges") for each, place in pair]
         word = verdict(level.difference)
@@ -236,8 +246,8 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
         lines.append(
             f"- **{label}** (n = {len(comparison.seeds)}): {word}. Excess "
             f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
-            f"held-out loss {level.quality:.4f}; less by {interval(level.difference, '{:+.3f}')}"
-            f"{share}. KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}. The best "
+            f"held-out loss {level.quality:.4f}; less by {_less_by(level)}. "
+            f"KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}. The best "
             f"held-out loss is lower by {interval(comparison.best, '{:+.4f}')}."
         )
     if not lines:

@@ -102,21 +102,41 @@ def _affine(
     )
 
 
-def _mirrored(function: Function, reach: Callable[[float], float]) -> Function:
+def _mirrored(function: Function, reach: Callable[[float, float], float]) -> Function:
     """``function`` of a picture that goes on beyond its edges as its mirror image.
 
-    ``reach``: how far beyond an edge it looks at a level above 0, in shares of half of the longer
+    ``reach``: how many pixels beyond an edge it looks at a level above 0, by half of the longer
     side.
     """
 
     def wider(image: Image.Image, level: float) -> Image.Image:
         width, height = image.size
         # And the neighbours of a pixel, between which it is interpolated.
-        margin = math.ceil(reach(abs(level)) * max(width, height) / 2) + 2
+        margin = math.ceil(reach(abs(level), max(width, height) / 2)) + 2
         padded = F.pad(image, margin, padding_mode="reflect")
         return F.center_crop(function(padded, level), [height, width])
 
     return wider
+
+
+def _shear(image: Image.Image, across: float, down: float) -> Image.Image:
+    return _affine(image, shear=(across, down), interpolation=InterpolationMode.BILINEAR)
+
+
+def _turn(image: Image.Image, degrees: float) -> Image.Image:
+    return F.rotate(image, degrees, InterpolationMode.BILINEAR)
+
+
+def _sheared(share: float, half: float) -> float:
+    return share * half
+
+
+def _shifted(pixels: float, _: float) -> float:
+    return pixels
+
+
+def _turned(degrees: float, half: float) -> float:
+    return math.sin(math.radians(degrees)) * half
 
 
 _RANDAUGMENT: Operations = {
@@ -135,38 +155,13 @@ _RANDAUGMENT: Operations = {
     "AutoContrast": (lambda image, _: F.autocontrast(image), False),
     "Equalize": (lambda image, _: F.equalize(image), False),
 }
-
-
-def _gentle_shear(axis: int) -> Function:
-    def shear(image: Image.Image, level: float) -> Image.Image:
-        shares = (level, 0) if axis == 0 else (0, level)
-        return _affine(image, shear=shares, interpolation=InterpolationMode.BILINEAR)
-
-    return _mirrored(shear, lambda level: level)
-
-
-def _gentle_shift(axis: int) -> Function:
-    def shift(image: Image.Image, level: float) -> Image.Image:
-        pixels = round(level)
-        width, height = image.size
-        by = (pixels, 0) if axis == 0 else (0, pixels)
-        padded = F.pad(image, abs(pixels), padding_mode="reflect")
-        return F.crop(padded, abs(pixels) - by[1], abs(pixels) - by[0], height, width)
-
-    return shift
-
-
-def _turn(image: Image.Image, degrees: float) -> Image.Image:
-    return F.rotate(image, degrees, InterpolationMode.BILINEAR)
-
-
 _GENTLE: Operations = {
     "Identity": _RANDAUGMENT["Identity"],
-    "ShearX": (_gentle_shear(0), True),
-    "ShearY": (_gentle_shear(1), True),
-    "TranslateX": (_gentle_shift(0), True),
-    "TranslateY": (_gentle_shift(1), True),
-    "Rotate": (_mirrored(_turn, lambda degrees: math.sin(math.radians(degrees))), True),
+    "ShearX": (_mirrored(lambda image, level: _shear(image, level, 0), _sheared), True),
+    "ShearY": (_mirrored(lambda image, level: _shear(image, 0, level), _sheared), True),
+    "TranslateX": (_mirrored(lambda i, level: _affine(i, (round(level), 0)), _shifted), True),
+    "TranslateY": (_mirrored(lambda i, level: _affine(i, (0, round(level))), _shifted), True),
+    "Rotate": (_mirrored(_turn, _turned), True),
     "Color": _RANDAUGMENT["Color"],
     "Sharpness": _RANDAUGMENT["Sharpness"],
 }
