@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -236,9 +237,11 @@ def test_a_run_is_a_process_with_its_time_memory_and_counts(tmp_path):
     log = tmp_path / "runs.jsonl"
     bench = Bench(tmp_path, threads=3, peers=tmp_path, log=log)
     chosen = setting(num_shards=2, steps=5)
+    began = time.monotonic()
     run = bench.run("a", ROWS["a"], chosen, 2)
+    wall = time.monotonic() - began
     assert run.counts == plain_counts(20, 8)
-    assert 0.2 <= run.seconds < 60
+    assert 0.2 <= run.seconds <= wall
     assert 0 < run.cpu < run.seconds
     assert 100 * 2**20 < run.peak < 200 * 2**20
     with pytest.raises(SystemExit, match="row a failed:\nno more"):
