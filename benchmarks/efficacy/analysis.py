@@ -8,7 +8,7 @@ from the model before training to the best quality that both curves reach: 1 is 
 Letters in shapes: S seeds, R readings, P prompts, H held-out images, L levels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +20,9 @@ _HAIR = 1e-9
 """By which rounding may put the best quality above its own level."""
 _AREA = np.linspace(0.5, 1.0, 26)
 """Levels whose mean is the area between two curves."""
+
+Curve = tuple[np.ndarray, np.ndarray]
+"""Quality and memorization at each reading: (R,) each."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Curves:
 
     def means(
         self, seeds: np.ndarray | slice, prompts: np.ndarray | slice, heldout: np.ndarray | slice
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Quality and memorization at each reading (R,), over some of each."""
+    ) -> Curve:
+        """Quality and memorization at each reading, over some of each."""
         images = prompts if self.by_prompt else heldout
         quality_R = self.quality_SRH[seeds][:, :, images].mean(axis=(0, 2))
         memory_SRP = self.memory_SRP[seeds][:, :, prompts]
@@ -62,7 +65,7 @@ class Curves:
         return quality_R, memory_R + quality_R if self.against_heldout else memory_R
 
     @property
-    def mean(self) -> tuple[np.ndarray, np.ndarray]:
+    def mean(self) -> Curve:
         """Over all."""
         return self.means(slice(None), slice(None), slice(None))
 
@@ -96,6 +99,20 @@ class Comparison:
     """The difference, as a mean over levels from half of the gain to all of it."""
     best: Estimate
     """By how much the second's best quality is better than the first's."""
+
+
+@dataclass(frozen=True)
+class AtEnd:
+    """Two methods after their last update."""
+
+    first: Estimate
+    second: Estimate
+    difference: Estimate
+    """How much less the second memorizes."""
+    reduction: Estimate | None
+    """The same as a share of the first; None where the first is not surely above 0."""
+    better: Estimate
+    """By how much the second's quality is better than the first's."""
 
 
 def least_memory(
@@ -152,50 +169,84 @@ def compare(
     Intervals: prompts, held-out images and seeds are drawn anew, the same for both methods; the
     levels follow from what is drawn.
     """
-    seeds = tuple(s for s in first.seeds if s in second.seeds)
-    first, second = first.of(seeds), second.of(seeds)
+    first, second = paired(first, second)
     shares_L = np.array([*shares, *_AREA])
     means = first.mean, second.mean
     if any(quality_R.argmin() == 0 for quality_R, _ in means):
         return None
 
-    def statistic(*drawn: np.ndarray) -> np.ndarray:
-        # `bootstrap` draws floats.
-        prompts, heldout, *rows = (index.astype(int) for index in drawn)
-        chosen = rows[0] if rows else slice(None), prompts, heldout
-        curves = [each.means(*chosen) for each in (first, second)]
-        level_L = common_levels(curves[0][0], curves[1][0], shares_L)
-        a_L, b_L = (least_memory(*curve, level_L + _HAIR)[0] for curve in curves)
-        left_L = np.maximum(b_L, 0) / np.where(a_L > 0, a_L, 1)
-        reduction_L = np.where(a_L > 0, 1 - left_L, NO_REDUCTION)
+    def statistic(a: Curve, b: Curve) -> np.ndarray:
+        level_L = common_levels(a[0], b[0], shares_L)
+        a_L, b_L = (least_memory(*curve, level_L + _HAIR)[0] for curve in (a, b))
         count, difference_L = len(shares), a_L - b_L
-        parts = [x[:count] for x in (a_L, b_L, difference_L, reduction_L)]
-        best = curves[0][0].min() - curves[1][0].min()
-        return np.concatenate([*parts, [difference_L[count:].mean(), best]])
+        parts = [x[:count] for x in (a_L, b_L, difference_L, _reduction(a_L, b_L))]
+        return np.concatenate([*parts, [difference_L[count:].mean(), a[0].min() - b[0].min()]])
 
-    units = [np.arange(first.memory_SRP.shape[2]), np.arange(first.quality_SRH.shape[2])]
-    if len(seeds) > 1:
-        units.append(np.arange(len(seeds)))
-    *found, area, best = bootstrap(statistic, *units, resamples=resamples, seed=seed)
+    *found, area, best = _intervals(statistic, first, second, resamples, seed)
     level_L = common_levels(means[0][0], means[1][0], shares)
     place_2L = [least_memory(*curve, level_L + _HAIR)[1] for curve in means]
     count = len(shares)
     levels = []
     for i, share in enumerate(shares):
         a, b, difference, reduction = found[i::count]
-        sure = a.low > 0 and reduction.low > NO_REDUCTION
-        levels.append(
-            Level(
-                share,
-                float(level_L[i]),
-                a,
-                b,
-                difference,
-                reduction if sure else None,
-                (float(place_2L[0][i]), float(place_2L[1][i])),
-            )
-        )
-    return Comparison(seeds, tuple(levels), area, best)
+        places = float(place_2L[0][i]), float(place_2L[1][i])
+        sure = reduction if _is_sure(a, reduction) else None
+        levels.append(Level(share, float(level_L[i]), a, b, difference, sure, places))
+    return Comparison(first.seeds, tuple(levels), area, best)
+
+
+def at_end(first: Curves, second: Curves, resamples: int = 1000, seed: int = 0) -> AtEnd:
+    """How much less the second memorizes after its last update, and at what quality.
+
+    By the seeds that both have; intervals as those of `compare`.
+    """
+
+    def statistic(a: Curve, b: Curve) -> np.ndarray:
+        memory, quality = np.array([a[1][-1], b[1][-1]]), np.array([a[0][-1], b[0][-1]])
+        reduction = _reduction(*memory)
+        return np.array([*memory, memory[0] - memory[1], reduction, quality[0] - quality[1]])
+
+    a, b, difference, reduction, better = _intervals(
+        statistic, *paired(first, second), resamples, seed
+    )
+    return AtEnd(a, b, difference, reduction if _is_sure(a, reduction) else None, better)
+
+
+def paired(first: Curves, second: Curves) -> tuple[Curves, Curves]:
+    """Those of the seeds that both have."""
+    seeds = tuple(s for s in first.seeds if s in second.seeds)
+    return first.of(seeds), second.of(seeds)
+
+
+def _intervals(
+    statistic: Callable[[Curve, Curve], np.ndarray],
+    first: Curves,
+    second: Curves,
+    resamples: int,
+    seed: int,
+) -> list[Estimate]:
+    """Of each number of ``statistic``, of two curves, with all drawn anew that varies."""
+
+    def drawn(*given: np.ndarray) -> np.ndarray:
+        # `bootstrap` draws floats.
+        prompts, heldout, *rows = (index.astype(int) for index in given)
+        chosen = rows[0] if rows else slice(None), prompts, heldout
+        return statistic(first.means(*chosen), second.means(*chosen))
+
+    units = [np.arange(first.memory_SRP.shape[2]), np.arange(first.quality_SRH.shape[2])]
+    if len(first.seeds) > 1:
+        units.append(np.arange(len(first.seeds)))
+    return bootstrap(drawn, *units, resamples=resamples, seed=seed)
+
+
+def _reduction(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """How much less b is than a, as a share of a, all of it at most."""
+    return np.where(a > 0, 1 - np.maximum(b, 0) / np.where(a > 0, a, 1), NO_REDUCTION)
+
+
+def _is_sure(first: Estimate, reduction: Estimate) -> bool:
+    """Whether there is something to take a share of."""
+    return first.low > 0 and reduction.low > NO_REDUCTION
 
 
 def best_reading(quality_R: np.ndarray) -> int:

@@ -1,8 +1,7 @@
 """RESULTS.md and its pictures, from the results alone."""
 
 import io
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,21 +9,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from benchmarks.efficacy import results as files
-from benchmarks.efficacy.analysis import (
-    LEVELS,
-    Comparison,
-    Level,
-    best_reading,
-    compare,
-    verdict,
-)
+from benchmarks.efficacy.analysis import best_reading, verdict
 from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
+from benchmarks.efficacy.glance import at_a_glance, less_by
 from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.places import Methods, Place, Results, age, places, rate_of
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.results import Result
 from benchmarks.efficacy.settings import SETTINGS
-from benchmarks.efficacy.study import DEFAULT_RATE, MAIN, RATES, SEEDS, STUDIES, TUNING_SEED, Cell
+from benchmarks.efficacy.study import MAIN, RATES, STUDIES, TUNING_SEED, Cell
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import (
     HEADLINE,
@@ -36,14 +30,11 @@ from benchmarks.efficacy.tables import (
     at_place,
     comparison_table,
     copies_table,
-    curves_of,
     interval,
     readings_table,
     scalar,
 )
 
-Methods = dict[str, Seeds]
-Results = Mapping[Cell, Result]
 PICTURES = "pictures"
 COMPARED = (
     *((measure, "heldout_loss") for measure in ("excess", "p95", "excess_edges", "own", "gap")),
@@ -55,7 +46,6 @@ _OFTEN = (("often", "heldout_loss"),)
 """The same where some images are shown often."""
 _SHOWN = (*MAIN, "agc_taa_gentle", "iet_agc_plus_gentle")
 """Methods of the first pictures; the others have some of their own."""
-_GLANCE = ("heldout_loss", "kid_edges", "kid_pixels")
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
 
 
@@ -66,46 +56,14 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     pictures.mkdir(parents=True, exist_ok=True)
     for old in pictures.glob("*.png"):
         old.unlink()
-    places = {place: by_method(known, *place) for place in _places(known)}
-    places = {place: methods for place, methods in places.items() if "plain" in methods}
-    parts = [_head(known, protocol), _glance(places)]
-    parts += [_section(*place, methods, pictures) for place, methods in places.items()]
+    compared = places(known)
+    parts = [_head(known, protocol), at_a_glance(compared)]
+    parts += [_section(place, pictures) for place in compared]
     parts.append(_tuning(known, pictures))
     parts.append(_left(known, protocol))
     path = output / "RESULTS.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
-
-
-def rate_of(known: Results, mode: str, method: str) -> float:
-    """The tuned rate, or the default until it is known."""
-    return files.tuned_rate(known, mode, method) or DEFAULT_RATE[mode, method]
-
-
-def by_method(known: Results, setting: str, mode: str) -> Methods:
-    """Of the cells that the studies ask for at the rates known now: runs by label, then seed."""
-    wanted = {
-        cell: None
-        for study in STUDIES
-        for cell in cells_of(study, lambda m, method: rate_of(known, m, method))
-        if (cell.setting, cell.train_mode) == (setting, mode) and cell.seed in SEEDS
-    }
-    found: dict[str, dict[int, Result]] = defaultdict(dict)
-    for cell in wanted:
-        if cell in known:
-            found[cell.label + _age(known[cell])][cell.seed] = known[cell]
-    order = {name: number for number, name in enumerate(METHODS)}
-    return dict(sorted(found.items(), key=lambda item: (order[item[0].split(",")[0]], item[0])))
-
-
-def _age(result: Result) -> str:
-    """What is added to a label where a cell has been run by other settings than today's."""
-    return "" if files.is_current(result) else ", to be run again"
-
-
-def _places(known: Results) -> list[tuple[str, str]]:
-    there = {(c.setting, c.train_mode) for c in known if c.seed in SEEDS}
-    return [(s, m) for s in SETTINGS for m in ("full", "lora") if (s, m) in there]
 
 
 def _head(known: Results, p: Protocol) -> str:
@@ -141,79 +99,27 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
 """
 
 
-def _glance(places: Mapping[tuple[str, str], Methods]) -> str:
-    """All methods in one table: memorization at equal quality, by two measures of quality."""
-    at = f"{LEVELS[HEADLINE]:.0%}"
-    head = ["data", "method", "what it is", "n"]
-    head += [f"less at {at} of the gain in {TITLES[q]}" for q in _GLANCE]
-    head += ["best held-out loss is lower by"]
-    rows = [head, ["---"] * len(head)]
-    for (setting, mode), methods in places.items():
-        plain = methods["plain"]
-        for label, runs in methods.items():
-            if label == "plain" or not set(runs) & set(plain):
-                continue
-            found = {
-                q: compare(curves_of(plain, "excess", q), curves_of(runs, "excess", q))
-                for q in _GLANCE
-            }
-            loss = found["heldout_loss"]
-            rows.append(
-                [
-                    f"{setting}, {mode}",
-                    label,
-                    METHODS[next(iter(runs.values())).cell.method].text,
-                    str(len(set(runs) & set(plain))),
-                    *map(_in_short, found.values()),
-                    interval(loss.best, "{:+.4f}") if loss else "",
-                ]
-            )
-    if len(rows) == 2:
-        return ""
-    return (
-        "## At a glance\n\nExcess similarity (pixels) against early stopping of plain fine-tuning; "
-        "in brackets 95 % intervals; as a share of plain's where that is surely above 0.\n\n"
-        + as_table(rows)
-    )
-
-
-def _in_short(comparison: Comparison | None) -> str:
-    if comparison is None:
-        return "never better than before training"
-    level = comparison.levels[HEADLINE]
-    return f"**{verdict(level.difference)}**: {_less_by(level)}"
-
-
-def _less_by(level: Level) -> str:
-    """How much less a method memorizes, and as a share where there is one."""
-    share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
-    return f"{interval(level.difference, '{:+.3f}')}{share}"
-
-
-def _section(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
-    plain = methods["plain"]
-    others = {label: runs for label, runs in methods.items() if label != "plain"}
-    paired = {label: runs for label, runs in others.items() if set(runs) & set(plain)}
-    weights = {"full": "all weights", "lora": "LoRA"}[mode]
-    name = f"{setting}-{mode}"
-    parts = [f"## {SETTINGS[setting]}, {weights}\n", _does_plain(plain)]
-    parts.append(_in_words(plain, paired))
+def _section(place: Place, pictures: Path) -> str:
+    weights = {"full": "all weights", "lora": "LoRA"}[place.mode]
+    name, methods = f"{place.setting}-{place.mode}", place.methods
+    parts = [f"## {SETTINGS[place.setting]}, {weights}\n", _does_plain(place.plain)]
+    parts.append(_in_words(place))
     main = {label: runs for label, runs in methods.items() if label in _SHOWN}
-    rest = {"plain": plain} | {k: v for k, v in others.items() if k not in _SHOWN}
+    rest = {"plain": place.plain} | {k: v for k, v in place.others.items() if k not in _SHOWN}
     for part, chosen in (("", main), ("-parts", rest)):
         if len(chosen) > 1 or not part:
             parts += [_picture(f"{name}{part}", chosen, m, pictures, q) for m, q in _PLOTTED]
-    if setting == "duplicated":
-        parts += _compared(plain, paired, "###", _OFTEN)
-    parts += _compared(plain, paired, "###")
+    if place.setting == "duplicated":
+        parts += _compared(place, "###", _OFTEN)
+    parts += _compared(place, "###")
     parts.append("### At the end of training: equal updates, not equal quality\n")
     parts.append(readings_table(methods, lambda loss_R: len(loss_R) - 1, base=True))
-    if setting == "duplicated":
+    if place.setting == "duplicated":
         parts.append("### Images shown once, and those shown often, at the end of training\n")
         parts.append(copies_table(methods))
     parts.append("### At each method's lowest held-out loss\n")
     parts.append(readings_table(methods, best_reading))
-    parts.append(_gallery(setting, mode, main, pictures))
+    parts.append(_gallery(place, main, pictures))
     return "\n".join(parts)
 
 
@@ -229,16 +135,16 @@ def _does_plain(plain: Seeds) -> str:
     )
 
 
-def _in_words(plain: Seeds, methods: Methods) -> str:
+def _in_words(place: Place) -> str:
     """A sentence a method, unflattering ones too."""
     lines = []
-    for label, runs in methods.items():
-        comparison = compare(curves_of(plain, "excess"), curves_of(runs, "excess"))
+    for label, runs in place.paired.items():
+        comparison = place.compare(label, "excess")
         if comparison is None:
             lines.append(f"- **{label}** (n = {len(runs)}): never better than before training.")
             continue
         level = comparison.levels[HEADLINE]
-        pair = zip((plain, runs), level.places, strict=True)
+        pair = zip((place.plain, runs), level.places, strict=True)
         kids = [at_place(each, place, "kid_edges") for each, place in pair]
         word = verdict(level.difference)
         if word == "less" and kids[1] > kids[0]:
@@ -246,13 +152,13 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
         lines.append(
             f"- **{label}** (n = {len(comparison.seeds)}): {word}. Excess "
             f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
-            f"held-out loss {level.quality:.4f}; less by {_less_by(level)}. "
+            f"held-out loss {level.quality:.4f}; less by {less_by(level)}. "
             f"KID (edges) there: {kids[1]:.3f} against plain's {kids[0]:.3f}. The best "
             f"held-out loss is lower by {interval(comparison.best, '{:+.4f}')}."
         )
     if not lines:
         return "Nothing to compare with plain yet.\n"
-    before = scalar(plain, "kid_edges")[0]
+    before = scalar(place.plain, "kid_edges")[0]
     return (
         "Against early stopping, at 95 % of the gain in held-out loss that both reach. Pictures "
         "that are spoilt resemble no training image either: less is a gain only where KID is no "
@@ -260,19 +166,14 @@ def _in_words(plain: Seeds, methods: Methods) -> str:
     )
 
 
-def _compared(
-    plain: Seeds, methods: Methods, level: str, what: Sequence[tuple[str, str]] = COMPARED
-) -> list[str]:
+def _compared(place: Place, level: str, what: Sequence[tuple[str, str]] = COMPARED) -> list[str]:
     """Tables of measures at equal quality, each with a title of some level."""
     parts = []
-    for measure, quality in what if methods else ():
-        found = {
-            label: compare(*(curves_of(each, measure, quality) for each in (plain, runs)))
-            for label, runs in methods.items()
-        }
+    for measure, quality in what if place.paired else ():
+        found = {label: place.compare(label, measure, quality) for label in place.paired}
         other = "heldout_loss" if quality == "kid_edges" else "kid_edges"
         parts.append(f"{level} At equal {TITLES[quality]}: {MEASURES[measure].title}\n")
-        parts.append(comparison_table(plain, methods, found, quality, other))
+        parts.append(comparison_table(place.plain, place.paired, found, quality, other))
     return parts
 
 
@@ -296,11 +197,11 @@ def _picture(
     return f"![{title} against {other}]({PICTURES}/{path})\n"
 
 
-def _gallery(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
+def _gallery(place: Place, methods: Methods, pictures: Path) -> str:
     """The first prompts, drawn by each method at its lowest held-out loss and at the end."""
-    first = next(iter(methods["plain"].values()))
+    first = next(iter(place.plain.values()))
     rows = [("before training", _pictures(first, 0))]
-    if setting != "twemoji":  # which are not shipped
+    if place.setting != "twemoji":  # which are not shipped
         rows.insert(0, ("training image", _training_images(first, len(rows[0][1]))))
     for label, runs in methods.items():
         if 0 not in runs:
@@ -310,11 +211,9 @@ def _gallery(setting: str, mode: str, methods: Methods, pictures: Path) -> str:
             updates = runs[0].rows[at]["updates"]
             rows.append((f"{label}\n{when}, {updates} updates", _pictures(runs[0], at)))
     sheet = gallery(rows, first.about["prompts"][: len(rows[-1][1])])
-    sheet.save(pictures / f"{setting}-{mode}-gallery.png")
-    return (
-        "The first prompts, seed 0:\n\n"
-        f"![Pictures of each method]({PICTURES}/{setting}-{mode}-gallery.png)\n"
-    )
+    name = f"{place.setting}-{place.mode}-gallery.png"
+    sheet.save(pictures / name)
+    return f"The first prompts, seed 0:\n\n![Pictures of each method]({PICTURES}/{name})\n"
 
 
 def _training_images(result: Result, count: int) -> list[Image.Image]:
@@ -347,7 +246,7 @@ def _tuning(known: Results, pictures: Path) -> str:
                 updates = f"{scalar(runs, 'updates')[best]:.0f}"
                 word = "yes" if chosen else ""
                 rows.append([method, f"{rate:g}", f"{loss_R[best]:.4f}", updates, word])
-                methods[f"{method} {rate:g}{_age(known[cell])}"] = runs
+                methods[f"{method} {rate:g}{age(known[cell])}"] = runs
         if methods:
             parts += [f"### {mode}\n", as_table(rows)]
             parts += [_picture(f"tuning-{mode}", methods, m, pictures, q) for m, q in _PLOTTED]
@@ -364,10 +263,9 @@ def _tuning_comparison(known: Results, mode: str, methods: Methods) -> str:
         return ""
     best = min(plain, key=lambda label: scalar(plain[label], "heldout_loss")[1:].min())
     others = {label: runs for label, runs in methods.items() if label != best}
+    place = Place("fluent", mode, plain[best], others)
     text = f"A first look, one seed, the one that rates are chosen by: against {best}.\n"
-    return "\n".join(
-        [text, _in_words(plain[best], others), *_compared(plain[best], others, "####")]
-    )
+    return "\n".join([text, _in_words(place), *_compared(place, "####")])
 
 
 def _left(known: Results, protocol: Protocol) -> str:

@@ -382,9 +382,14 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_p
     assert re.search(r"\*\*agc\*\* \(n = 1\): more\.", text)
     assert re.search(r"\*\*ema\*\* \(n = 1\): less, with worse pictures\.", text)
     glance = text.partition("## At a glance")[2].partition("## 256")[0]
-    (row,) = [line for line in glance.splitlines() if line.startswith("| fluent, full | iet |")]
-    assert re.search(r"\| 2 \| \*\*less\*\*: .*50% \[\d+%, \d+%\] of it", row)
-    assert METHODS["iet"].text in row
+    rows = [line for line in glance.splitlines() if line.startswith("| fluent, full | ")]
+    iet, at_end = (row for row in rows if row.startswith("| fluent, full | iet |"))
+    assert re.search(r"\| 2 \| \*\*less\*\*: .*50% \[\d+%, \d+%\] of it", iet)
+    assert METHODS["iet"].text in iet
+    assert re.search(r"\| 2 \| \+0\.400 \| \+0\.200 \| 50% \[\d+%, \d+%\] ", at_end)
+    assert at_end.endswith("| **less**, equal quality |")
+    spoilt_row = [row for row in rows if row.startswith("| fluent, full | ema |")][-1]
+    assert spoilt_row.endswith("| **less**, worse KID (edges) |")
     assert "the caption's own for 0% of pictures before training, 10% at the lowest" in text
     for name in re.findall(r"\]\((pictures/.+?)\)", text):
         with Image.open(tmp_path / name) as picture:

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.efficacy.analysis import (
     Curves,
+    at_end,
     best_reading,
     common_levels,
     compare,
@@ -176,6 +177,24 @@ def test_intervals_cover_a_planted_difference():
         top = compare(*sets, shares=(1.0,), resamples=200, seed=number).levels[0]
         covered += top.difference.low <= 0.6 <= top.difference.high
     assert covered / rounds > 0.85
+
+
+def test_after_as_many_updates_memory_and_quality_are_those_of_the_last_readings():
+    better = curves(MEMORY / 3, quality_R=QUALITY - 0.5)
+    found = at_end(curves(MEMORY), better, resamples=50)
+    ends = found.first, found.second, found.difference, found.better
+    assert [each.value for each in ends] == pytest.approx([9.0, 3.0, 6.0, 0.5])
+    assert found.reduction.value == pytest.approx(2 / 3)
+    assert at_end(curves(MEMORY - 10), better, resamples=50).reduction is None
+
+
+def test_after_as_many_updates_a_planted_reduction_is_covered_and_prompts_are_paired():
+    """The noise of prompts is the same in both, so the difference has none of it."""
+    first, second = (curves(memory, noise=3, units=60) for memory in (MEMORY, MEMORY - 4))
+    found = at_end(first, second, resamples=400)
+    assert found.first.high - found.first.low > 0.5
+    assert found.difference.low == pytest.approx(4) == found.difference.high
+    assert found.reduction.low < 4 / 9 < found.reduction.high
 
 
 def test_the_best_reading_is_after_training_began():

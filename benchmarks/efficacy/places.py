@@ -1,0 +1,93 @@
+"""What is compared with what: the runs of a place, which is data and a training mode."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from benchmarks.efficacy import results as files
+from benchmarks.efficacy.analysis import AtEnd, Comparison, at_end, compare
+from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.results import Result
+from benchmarks.efficacy.settings import SETTINGS
+from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, STUDIES, Cell
+from benchmarks.efficacy.study import cells as cells_of
+from benchmarks.efficacy.tables import Seeds, curves_of
+
+Methods = dict[str, Seeds]
+Results = Mapping[Cell, Result]
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Methods that are compared with plain fine-tuning of the same data; each comparison once."""
+
+    setting: str
+    mode: str
+    plain: Seeds
+    others: Methods
+    """By label."""
+    _found: dict[tuple[str, ...], Comparison | None] = field(default_factory=dict)
+    _ends: dict[tuple[str, ...], AtEnd] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> Methods:
+        """All of them, plain first."""
+        return {"plain": self.plain, **self.others}
+
+    @property
+    def paired(self) -> Methods:
+        """Those that have a seed in common with plain."""
+        return {label: runs for label, runs in self.others.items() if set(runs) & set(self.plain)}
+
+    def compare(self, label: str, measure: str, quality: str = "heldout_loss") -> Comparison | None:
+        """At equal quality; see `analysis.compare`."""
+        key = label, measure, quality
+        if key not in self._found:
+            pair = self.plain, self.others[label]
+            self._found[key] = compare(*(curves_of(runs, measure, quality) for runs in pair))
+        return self._found[key]
+
+    def at_end(self, label: str, measure: str, quality: str) -> AtEnd:
+        """At equal updates; see `analysis.at_end`."""
+        key = label, measure, quality
+        if key not in self._ends:
+            pair = self.plain, self.others[label]
+            self._ends[key] = at_end(*(curves_of(runs, measure, quality) for runs in pair))
+        return self._ends[key]
+
+
+def places(known: Results) -> list[Place]:
+    """All that have a run of plain fine-tuning."""
+    found = []
+    for setting in SETTINGS:
+        for mode in ("full", "lora"):
+            methods = by_method(known, setting, mode)
+            if plain := methods.pop("plain", None):
+                found.append(Place(setting, mode, plain, methods))
+    return found
+
+
+def rate_of(known: Results, mode: str, method: str) -> float:
+    """The tuned rate, or the default until it is known."""
+    return files.tuned_rate(known, mode, method) or DEFAULT_RATE[mode, method]
+
+
+def by_method(known: Results, setting: str, mode: str) -> Methods:
+    """Of the cells that the studies ask for at the rates known now: runs by label, then seed."""
+    wanted = {
+        cell: None
+        for study in STUDIES
+        for cell in cells_of(study, lambda m, method: rate_of(known, m, method))
+        if (cell.setting, cell.train_mode) == (setting, mode) and cell.seed in SEEDS
+    }
+    found: dict[str, dict[int, Result]] = defaultdict(dict)
+    for cell in wanted:
+        if cell in known:
+            found[cell.label + age(known[cell])][cell.seed] = known[cell]
+    order = {name: number for number, name in enumerate(METHODS)}
+    return dict(sorted(found.items(), key=lambda item: (order[item[0].split(",")[0]], item[0])))
+
+
+def age(result: Result) -> str:
+    """What is added to a label where a cell has been run by other settings than today's."""
+    return "" if files.is_current(result) else ", to be run again"
