@@ -51,6 +51,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from accelerate.utils import ProjectConfiguration
 
     from iet_sd.cli.output_dir import open_checkpoint, take_output_dir
+    from iet_sd.data.cache import cache_root
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
@@ -108,7 +109,9 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
             sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
             needs = plan.estimate(config, steps, accelerator.num_processes)
             print(plan.describe(config, sizes, steps, needs, accelerator.device))
-            print(f"cache:     {beforehand.describe()}")
+            kept = plan.gib(beforehand.size(config))
+            print(f"cache:     {kept} under {cache_root(config.data.cache_dir)}")
+            print(f"           {beforehand.describe()}")
         return
     try:
         _run(

@@ -3,7 +3,8 @@
 Letters in shapes: B batch, H height, W width, L tokens of a caption.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,8 @@ class TrainingImages(Dataset):
     config: DataConfig
     latents: Latents | None = None
     """A cache of what the VAE makes of images that are not augmented."""
+    threads: int = 0
+    """That make several `examples` at the same time; 0: this one makes them."""
 
     def __post_init__(self) -> None:
         # Without the images, which would be read along with each row.
@@ -119,6 +122,14 @@ class TrainingImages(Dataset):
             "index": visit.index,
             "seed": visit.seed,
         }
+
+    def examples(self, looks: Sequence[tuple[Visit, Augmentation | None]]) -> list[dict[str, Any]]:
+        """`example` of each visit and augmentation."""
+        if not self.threads:
+            return [self.example(*look) for look in looks]
+        # Pillow lets go of Python's lock while it reads and augments.
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(lambda look: self.example(*look), looks))
 
     def _view(self, visit: Visit, augmentation: Augmentation | None) -> View:
         name, digest = self.source.sample_ids[visit.index], self.source.digests[visit.index]

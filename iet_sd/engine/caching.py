@@ -24,6 +24,7 @@ from iet_sd.data.checks import cells
 from iet_sd.data.dataset import Loader, TrainingImages
 from iet_sd.data.latents import Latents, Texts, Variants, crops_drawn, pieces
 from iet_sd.data.sources import Source
+from iet_sd.engine import sizes
 from iet_sd.engine.collectives import from_main, together
 from iet_sd.engine.objective import posterior
 from iet_sd.engine.plan import weight_dtype
@@ -37,6 +38,8 @@ _VERSION = 1
 # What one pass of the VAE may hold: 8 images of 512 x 512.
 _PIXELS = 8 * 512 * 512
 _CAPTIONS = 32
+# Bytes of what is kept of an image beside its latent: the original size, and where it is cropped.
+_TOLD = 2 * 2 * torch.int64.itemsize
 
 
 def why_not(config: Config, source: Source) -> dict[str, str]:
@@ -85,6 +88,20 @@ class Beforehand:
         lines = [f"{kept} are encoded once"] if kept else []
         lines += [f"{what} are encoded in every visit: {why}" for what, why in self.reasons.items()]
         return "; ".join(lines)
+
+    def size(self, config: Config) -> int:
+        """Bytes of the files with all of it, but for their headers; counted without weights."""
+        parts = sizes.meta_components(config.model, config.data.cache_dir)
+        dtype = weight_dtype(config.training.mixed_precision)
+        texts = len(self.captions or ()) * sizes.encoded_caption(parts) * dtype.itemsize // 4
+        images, row = 0, 0
+        vae_dtype = parts.family.vae_dtype(parts.vae_config, dtype)
+        for count in self.variants.groups if self.variants is not None else ():
+            height, width = map(parts.latent_size, self.variants.size_of(row))
+            numbers = 2 * parts.vae.config.latent_channels * height * width
+            images += count * (numbers * vae_dtype.itemsize + _TOLD)
+            row += count
+        return texts + images
 
 
 def choose(config: Config, source: Source, visits: int) -> Beforehand:
@@ -148,7 +165,9 @@ def cached_images(
     _keep(components, "vae", latents is None or config.method.taa)
     for name in components.family.text_encoders:
         _keep(components, name, captions is None)
-    return TrainingImages(source, read, config.data, latents)
+    return TrainingImages(
+        source, read, config.data, latents, config.training.dataloader_num_workers
+    )
 
 
 def _keep(components: Components, part: str, needed: bool) -> None:

@@ -91,11 +91,12 @@ class Objective:
         gradient where text encoders are trained and gradients are enabled.
         """
         parts, seeds_B = self.components, batch["seed"].tolist()
-        timesteps = timesteps_B.to(self.device)
+        timesteps = on_device(timesteps_B, self.device)
         latents = self.encode_images(batch, f"{purpose}/posterior")
-        noise = diffusion.draw_noise(
-            seeds_B, f"{purpose}/noise", latents.shape[1:], self.noise_offset
-        ).to(latents)
+        noise = on_device(
+            diffusion.draw_noise(seeds_B, f"{purpose}/noise", latents.shape[1:], self.noise_offset),
+            self.device,
+        )
         noisy_latents, target = diffusion.add_noise_and_target(
             parts.noise_scheduler, latents, noise, timesteps
         )
@@ -103,7 +104,9 @@ class Objective:
             shift = diffusion.draw_noise(seeds_B, f"{purpose}/perturbation", latents.shape[1:])
             # The UNet is to predict the noise without it.
             noisy_latents = parts.noise_scheduler.add_noise(
-                latents, noise + self.input_perturbation * shift.to(latents), timesteps
+                latents,
+                noise + self.input_perturbation * on_device(shift, self.device),
+                timesteps,
             )
         condition = self.encode_captions(batch)
         if self.dream is not None:
@@ -129,7 +132,7 @@ class Objective:
         Captions are encoded again where text encoders are trained, as there may be no gradient.
         """
         (here,) = mask_B.nonzero(as_tuple=True)
-        there = here.to(self.device)
+        there = on_device(here, self.device)
         # As in `encode_captions`: no encoder need be there if captions come out of a cache.
         if ENCODED[0] not in batch and any(map(is_trained, self.components.text_encoders)):
             condition = self.encode_captions({name: t[here] for name, t in batch.items()})
@@ -163,14 +166,13 @@ class Objective:
         """
         if "latent_mean" in batch:
             mean, std = (
-                batch[name].to(self.device, non_blocking=True)
-                for name in ("latent_mean", "latent_std")
+                on_device(batch[name], self.device) for name in ("latent_mean", "latent_std")
             )
         else:
             mean, std = posterior(self.components.vae, batch["pixel_values"], self.device)
         sample = diffusion.draw_noise(batch["seed"].tolist(), purpose, mean.shape[1:])
         # In fp32 up to the UNet: in bf16 the first timesteps would be without noise.
-        latents = mean.float() + std.float() * sample.to(self.device)
+        latents = mean.float() + std.float() * on_device(sample, self.device)
         return latents * self.components.vae_config["scaling_factor"]
 
     def encode_captions(self, batch: dict[str, Tensor]) -> dict[str, Any]:
@@ -179,7 +181,7 @@ class Objective:
         With gradient, and in mixed precision, where text encoders are trained.
         """
         told = {
-            name: batch[name].to(self.device, non_blocking=True)
+            name: on_device(batch[name], self.device)
             for name in (*INPUT_IDS, *ENCODED, *SIZES)
             if name in batch
         }
@@ -192,15 +194,25 @@ class Objective:
         """The loss as it is trained on: weighted by min-SNR where asked for."""
         if self.snr_gamma is None:
             return loss_B
-        timesteps = timesteps_B.to(loss_B.device)
+        timesteps = on_device(timesteps_B, loss_B.device)
         return loss_B * diffusion.snr_weights(
             self.components.noise_scheduler, timesteps, self.snr_gamma
         )
 
 
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there. A GPU takes it out of pinned memory, while this process goes on.
+
+    Of other memory a copy waits until the GPU has done all that it was given before.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def posterior(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the VAE's posteriors: (B, C, h, w), in its dtype."""
-    found = vae.encode(pixels.to(device, vae.dtype, non_blocking=True)).latent_dist
+    found = vae.encode(on_device(pixels, device).to(vae.dtype)).latent_dist
     return found.mean, found.std
 
 

@@ -171,13 +171,13 @@ def describe(
             f"length:    {method.num_rounds} rounds of {steps} {unit} per shard: {updates} for "
             f"each proxy, {updates * len(shards)} together",
             f"trainable: {found.trainable / 1e6:.2f} M parameters",
-            f"memory:    about {_gib(on_device)} on {device.type} (UNet with gradients and moments "
-            f"{_gib(found.model)}, its activations at most {_gib(found.activations)}; VAE and text "
-            f"encoders {_gib(found.frozen)}, encoding a batch {_gib(found.encoding)}), "
-            f"{_gib(found.host)} of main memory for waiting proxies and their mean; Python and its "
+            f"memory:    about {gib(on_device)} on {device.type} (UNet with gradients and moments "
+            f"{gib(found.model)}, its activations at most {gib(found.activations)}; VAE and text "
+            f"encoders {gib(found.frozen)}, encoding a batch {gib(found.encoding)}), "
+            f"{gib(found.host)} of main memory for waiting proxies and their mean; Python and its "
             "libraries take about 1.3 GiB of it more",
-            f"disk:      {_gib(saved)} for {kept} checkpoints of at most {_gib(found.checkpoint)}, "
-            f"one being written and steps within a round; {_gib(found.store)} for waiting proxies",
+            f"disk:      {gib(saved)} for {kept} checkpoints of at most {gib(found.checkpoint)}, "
+            f"one being written and steps within a round; {gib(found.store)} for waiting proxies",
             f"time:      UNet {_duration(fast)} to {_duration(slow)} on this {device.type}",
         ]
     )
@@ -197,7 +197,8 @@ def _matrix_speed(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(times)
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """For people."""
     return f"{size / 2**30:.2f} GiB"
 
 

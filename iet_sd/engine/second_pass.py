@@ -73,13 +73,13 @@ def prepare(
     """
     strength_Q = torch.tensor([p.strength for p in taken if p.augmented])
     magnitude_Q = iter(taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength))
+    how = method.taa_num_ops, method.taa_operations
+    looks = [
+        (Visit(p.index, p.seed), Augmentation(next(magnitude_Q), *how) if p.augmented else None)
+        for p in taken
+    ]
     batches = defaultdict(list)
-    for p in taken:
-        augmentation = None
-        if p.augmented:
-            how = method.taa_num_ops, method.taa_operations
-            augmentation = Augmentation(next(magnitude_Q), *how)
-        example = dataset.example(Visit(p.index, p.seed), augmentation)
+    for p, example in zip(taken, dataset.examples(looks), strict=True):
         batches[example["target_size"], p.augmented].append((p, example))
     parts = []
     for (_, augmented), same in batches.items():

@@ -86,14 +86,24 @@ def forward_cost(parts: Components, size: int) -> tuple[int, int]:
     return counter.get_total_flops(), sum(kept.values())
 
 
+def encoded_caption(parts: Components) -> int:
+    """Bytes of what text encoders make of a caption, in fp32."""
+    with torch.no_grad():
+        return sum(t.nbytes for t in parts.family.encode(parts, _tokens(parts)).values())
+
+
 def _condition(parts: Components) -> dict[str, Any]:
     """What the UNet is told of one sample, whose caption is as long as they get."""
-    tokens = {
-        name: torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64)
+    image = {name: t.to("meta") for name, t in whole_image(0, 1).items()}
+    return parts.family.condition(parts, _tokens(parts) | image)
+
+
+def _tokens(parts: Components) -> dict[str, Tensor]:
+    """Of one caption, as long as they get."""
+    return {
+        name: torch.zeros(1, encoder.config.max_position_embeddings, dtype=int, device="meta")
         for name, encoder in zip(INPUT_IDS, parts.text_encoders, strict=False)
     }
-    batch = tokens | whole_image(0, 1)
-    return parts.family.condition(parts, {name: t.to("meta") for name, t in batch.items()})
 
 
 def peak_of(call: Callable[[], Any]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages
-from iet_sd.engine.objective import Objective, Prepared, join
+from iet_sd.engine.objective import Objective, Prepared, join, on_device
 from iet_sd.engine.second_pass import Pending, prepare, take, take_or_drop
 from iet_sd.method import agc, taa
 
@@ -235,7 +235,7 @@ def score(
         return Scored(counts, skipped, [], [])
     if may_train and trains_all(method, number, size, objective):
         weighted_B = objective.weight(loss_B, timesteps_B)
-        backward((weighted_B * direct_B.to(loss_B.device)).sum())
+        backward((weighted_B * on_device(direct_B, loss_B.device)).sum())
         counts.backward = size
         return Scored(counts, skipped, chosen(samples, direct_B), [])
     return Scored(counts, skipped, [], [objective.select(prepared, batch, direct_B)])

@@ -1,5 +1,6 @@
 """Captions to tokens, as the pipeline does it: padded and cut to the tokenizer's own length."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 INPUT_IDS = ("input_ids", "input_ids_2")
+# A call may set how its tokenizer cuts and pads, which fails ("Already borrowed") while that works
+# for another thread (huggingface/transformers issue 47085). Of the module: workers get tokenizers.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,17 @@ class Tokenize:
 
     def __call__(self, caption: str) -> dict[str, Tensor]:
         """``input_ids`` (L,), and ``input_ids_2`` (L,) of a second tokenizer; int64."""
-        return {
-            name: tokenizer(
-                caption,
-                max_length=tokenizer.model_max_length,
-                padding="max_length",
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids[0]
-            for name, tokenizer in zip(INPUT_IDS, self.tokenizers, strict=False)
-        }
+        with _ONE_AT_A_TIME:
+            return {
+                name: tokenizer(
+                    caption,
+                    max_length=tokenizer.model_max_length,
+                    padding="max_length",
+                    truncation=True,
+                    return_tensors="pt",
+                ).input_ids[0]
+                for name, tokenizer in zip(INPUT_IDS, self.tokenizers, strict=False)
+            }
 
     def batch(self, captions_B: Sequence[str]) -> dict[str, Tensor]:
         """The same of several captions: (B, L)."""

@@ -1,4 +1,5 @@
 import multiprocessing
+import threading
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -103,6 +104,31 @@ def test_augmentation_changes_pixels_alone(images):
         changed += not torch.equal(plain.pop("pixel_values"), augmented.pop("pixel_values"))
         assert equal(plain, augmented)
     assert changed > 5
+
+
+def test_threads_make_the_same_examples_at_the_same_time(images):
+    """And name a bad image as one alone does."""
+    dataset = images(shuffle_caption=True)
+    looks = [
+        (Visit(i % 3, seed), STRONG if seed % 2 else None) for seed in range(4) for i in (0, 1, 2)
+    ]
+    expected = [dataset.example(*look) for look in looks]
+    together, make, meet = [], dataset.example, threading.Barrier(3)
+
+    def example(*look):
+        meet.wait(timeout=30)  # never passed by fewer than three
+        together.append(threading.get_ident())
+        return make(*look)
+
+    dataset.example = example
+    dataset.threads = 3
+    made = dataset.examples(looks)
+    assert all(equal(*pair) for pair in zip(made, expected, strict=True))
+    assert len(set(together)) == 3
+    dataset.example = make
+    Path(dataset.config.train_data_dir, "b.png").unlink()
+    with pytest.raises(UserError, match=r"b\.png"):
+        dataset.examples(looks)
 
 
 def test_collate(images):

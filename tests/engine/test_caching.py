@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import stats
 
 from iet_sd.data.dataset import TrainingImages
@@ -18,6 +19,7 @@ from iet_sd.data.sources import load_source
 from iet_sd.engine import caching
 from iet_sd.engine.caching import cached_images, choose
 from iet_sd.engine.objective import Objective
+from iet_sd.engine.plan import weight_dtype
 from iet_sd.engine.rounds import Trainer
 from iet_sd.engine.state import RoundDone
 from iet_sd.errors import UserError
@@ -292,6 +294,30 @@ def test_off_makes_nothing(settings, tmp_path):
     assert dataset.latents is None
     assert not (tmp_path / "cache" / "iet_sd").exists()
     assert replace(dataset.source, digests=()).spare is True
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        ("sd1", {"random_flip": True, "mixed_precision": "fp16"}),
+        ("sdxl", {"cache_crops": 2, "center_crop": False, "mixed_precision": "fp16"}),
+        ("sdxl", {"aspect_ratio_buckets": "24,40;32,32", "mixed_precision": "no"}),
+    ],
+    ids=["flips, 16 bits", "SDXL, crops, VAE in 32 bits", "SDXL, sizes"],
+)
+def test_the_size_is_that_of_the_files(settings, tmp_path, kind, given):
+    """Known from the configs of the model, before there is any."""
+    config = settings(kind=kind, cache="on", **FITTING | given)
+    source = load_source(config.data)
+    beforehand = choose(config, source, 10**6)
+    told = beforehand.size(config)
+    dtype = weight_dtype(config.training.mixed_precision)
+    cached_images(config, source, load_components(config.model, dtype, None), beforehand)
+    files = list((tmp_path / "cache" / "iet_sd").glob("*/*.safetensors"))
+    written = sum(t.nbytes for file in files for t in load_file(file).values())
+    assert told == written > 10_000
+    none = choose(settings(kind=kind, cache="off", **FITTING | given), source, 10**6)
+    assert none.size(config) == 0
 
 
 def test_variants_know_their_images(settings):
