@@ -9,7 +9,7 @@ A swap is a function of no arguments that replaces a part of `iet_sd.engine` in 
 good: it is for a process that trains one model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from iet_sd.method.msr import redistribute
 from iet_sd.seeding import seed_for
 
 COLOUR_OPS = ("Identity", "Brightness", "Color", "Contrast", "Sharpness")
+WHOLE_PIXEL_OPS = ("Identity", "TranslateX", "TranslateY", "Color")
 
 
 def random_skip() -> None:
@@ -52,8 +53,12 @@ def colour_taa() -> None:
     Equalize have no scale, Solarize turns white black at 0, Posterize has few steps, and shifts,
     shears and turns leave black where a page was white.
     """
-    everything = augmentation.OPERATIONS["randaugment"]
-    augmentation.OPERATIONS = {"randaugment": {name: everything[name] for name in COLOUR_OPS}}
+    _only("randaugment", COLOUR_OPS)
+
+
+def whole_pixel_taa() -> None:
+    """Gentle augmentation by shifts and saturation alone: edges stay as sharp as they are."""
+    _only("gentle", WHOLE_PIXEL_OPS)
 
 
 def skip_at_random(decision: Decision, generator: torch.Generator) -> Decision:
@@ -94,6 +99,11 @@ def exchange_at_random(
         order = torch.randperm(len(members), generator=generator)
         dealt_N[members] = skips_N[members[order]]
     return redistribute(shard_of_N, dealt_N, num_shards, *rule)
+
+
+def _only(kind: str, names: Sequence[str]) -> None:
+    everything = augmentation.OPERATIONS[kind]
+    augmentation.OPERATIONS = {kind: {name: everything[name] for name in names}}
 
 
 def _swap_decide(change: Callable[[Decision, torch.Generator], Decision]) -> None:

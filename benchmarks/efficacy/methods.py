@@ -69,6 +69,12 @@ METHODS: dict[str, Method] = {
         _AGC_TAA | _GENTLE,
         **_PLAIN,
     ),
+    "agc_taa_whole_pixel": Method(
+        "AGC and TAA, one model, by shifts of whole pixels and saturation: edges stay sharp",
+        _AGC_TAA | _GENTLE,
+        swap="whole_pixel_taa",
+        **_PLAIN,
+    ),
     "constant_gentle": Method(
         "AGC, and every kept sample so augmented at TAA's mean strength, one model",
         _AGC_TAA | _GENTLE,

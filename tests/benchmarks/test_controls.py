@@ -123,6 +123,23 @@ def test_colour_operations_leave_a_white_page_white_and_a_picture_at_rest_as_it_
     assert all(each.tobytes() == noise.tobytes() for each in augmented)
 
 
+def test_whole_pixel_operations_make_no_grey_of_black_and_white(monkeypatch):
+    monkeypatch.setattr(augmentation, "OPERATIONS", augmentation.OPERATIONS)
+    board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((3, 3)))
+    picture = Image.fromarray(np.uint8(255 * board)).convert("RGB")
+
+    def blurring():
+        strong = Augmentation(9.3, operations="gentle")
+        there = augmentation.OPERATIONS["gentle"]
+        made = {o: augmentation.apply(picture, o, strong, False) for o in there}
+        return {o for o, each in made.items() if len(each.getcolors()) > 2}
+
+    assert {"ShearX", "ShearY", "Rotate"} <= blurring()
+    controls.whole_pixel_taa()
+    assert list(augmentation.OPERATIONS["gentle"]) == list(controls.WHOLE_PIXEL_OPS)
+    assert not blurring()
+
+
 def _changed(image, operation, magnitude):
     """Whether it does, in either direction."""
     both = [
