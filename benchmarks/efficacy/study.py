@@ -181,17 +181,17 @@ def settings(rate: Rate) -> Iterator[Cell]:
 
 
 def sweeps(rate: Rate) -> Iterator[Cell]:
-    """K, threshold and bins of the bank, on ``fluent``, all weights."""
+    """Settings of the winner, on ``fluent``, all weights: K, threshold, bins, augmentation."""
     cell = lambda *given, **more: make(rate, "fluent", "full", *given, **more)  # noqa: E731
     for seed in SEEDS:
-        for shards in (2, 8):
-            for method in ("iet", "iet_agc_plus"):
-                yield cell(method, seed, num_shards=shards)
         for threshold in (0.5, 0.65, 0.9):
-            yield cell("iet_agc_plus", seed, flags=(("agc_threshold", threshold),))
-            yield cell("agc", seed, flags=(("agc_threshold", threshold),))
+            yield cell("agc_taa_gentle", seed, flags=(("agc_threshold", threshold),))
+        for shards in (2, 4, 8):
+            yield cell("iet_agc_plus_gentle", seed, num_shards=shards)
         for bins in (10, 1000):
-            yield cell("iet_agc_plus", seed, flags=(("bank_bins", bins),))
+            yield cell("agc_taa_gentle", seed, flags=(("bank_bins", bins),))
+        yield cell("agc_taa_gentle", seed, flags=(("taa_magnitude", 10.0),))
+        yield cell("agc_taa_gentle", seed, flags=(("taa_min_strength", 0.3),))
 
 
 STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
