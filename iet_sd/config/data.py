@@ -47,7 +47,7 @@ class DataConfig:
     proportion_empty_prompts: float = 0.0
     """Share of visits that see an empty caption, for classifier-free guidance; 0.1 is usual."""
     caption_prefix: str = ""
-    """Text before every caption that is not empty, and a space."""
+    """Text before every caption that is not empty, and a space; also where one is a prompt."""
     shuffle_caption: bool = False
     """Shuffle the tags of a caption, which commas divide, anew in every visit."""
     keep_tokens: int = 0

@@ -27,7 +27,7 @@ def texts(value: Any, name: str) -> list[str]:
 
 def readable(captions: list[str], config: DataConfig) -> set[str]:
     """All that `draw` may give for a sample with these captions, without ``shuffle_caption``."""
-    found = {_prefixed(caption, config) for caption in captions or [""]}
+    found = {prefixed(caption, config) for caption in captions or [""]}
     return found | ({""} if config.proportion_empty_prompts else set())
 
 
@@ -42,10 +42,11 @@ def draw(captions: list[str], config: DataConfig, visit: Visit) -> str:
     caption = captions[torch.randint(len(captions), (), generator=visit.generator("caption"))]
     if config.shuffle_caption:
         caption = _shuffled(caption, config.keep_tokens, visit.generator("caption/tags"))
-    return _prefixed(caption, config)
+    return prefixed(caption, config)
 
 
-def _prefixed(caption: str, config: DataConfig) -> str:
+def prefixed(caption: str, config: DataConfig) -> str:
+    """The caption with what comes before all that are not empty."""
     return f"{config.caption_prefix} {caption}" if config.caption_prefix and caption else caption
 
 

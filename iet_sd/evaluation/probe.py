@@ -27,7 +27,7 @@ from iet_sd.evaluation.images import TableImages
 from iet_sd.evaluation.measures import Resampling
 from iet_sd.evaluation.membership import membership_auc, stratified_losses, stratified_timesteps
 from iet_sd.evaluation.neighbours import nearest
-from iet_sd.evaluation.prompts import caption_of, choose
+from iet_sd.evaluation.prompts import choose, prompt_of
 from iet_sd.evaluation.sets import Subset
 from iet_sd.evaluation.statistics import Estimate, bootstrap
 from iet_sd.sampling import draw, say_what_is_cut
@@ -112,14 +112,14 @@ class Probe:
             for name, source in (("train", train), ("heldout", heldout))
         }
         drawn = choose(len(train.sample_ids), config.eval_prompts, seed)
-        self.prompts = [caption_of(train, i, seed) for i in drawn]
+        self.prompts = [prompt_of(train, i, seed, data) for i in drawn]
         self.prompt_ids = [train.sample_ids[i] for i in drawn]
         count = min(config.eval_samples, *map(len, tables.values()))
         self._scored = {
             name: Subset(table, choose(len(table), count, seed)) for name, table in tables.items()
         }
         self._captions = {
-            name: [caption_of(tables[name].source, i, seed) for i in scored.index]
+            name: [prompt_of(tables[name].source, i, seed, data) for i in scored.index]
             for name, scored in self._scored.items()
         }
         self.group_H = np.unique(heldout.groups, return_inverse=True)[1]

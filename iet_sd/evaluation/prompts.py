@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from iet_sd.config import EvaluateSettings, GenerateSettings
-from iet_sd.data.captions import texts
+from iet_sd.config import DataConfig, EvaluateSettings, GenerateSettings
+from iet_sd.data.captions import prefixed, texts
 from iet_sd.data.sources import Source
 from iet_sd.evaluation.generate import Request
 from iet_sd.seeding import seed_for
@@ -23,7 +23,7 @@ def request_for(
         prompt_ids = tuple(f"prompt-{i}" for i in range(len(prompts)))
     else:
         own_P = choose(len(source.sample_ids), config.num_prompts, config.seed)
-        prompts = tuple(caption_of(source, i, config.seed) for i in own_P)
+        prompts = tuple(prompt_of(source, i, config.seed, settings.data) for i in own_P)
         prompt_ids = tuple(source.sample_ids[i] for i in own_P)
     request = Request(
         prompts=prompts,
@@ -45,6 +45,11 @@ def choose(count: int, wanted: int, seed: int) -> np.ndarray:
         return np.arange(count)
     rng = np.random.default_rng(seed_for(seed, "choose"))
     return np.sort(rng.choice(count, wanted, replace=False))
+
+
+def prompt_of(source: Source, index: int, seed: int, data: DataConfig) -> str:
+    """The caption of a sample as it is read in training, but for tags that are shuffled."""
+    return prefixed(caption_of(source, index, seed), data)
 
 
 def caption_of(source: Source, index: int, seed: int) -> str:

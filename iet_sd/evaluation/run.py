@@ -25,7 +25,7 @@ from iet_sd.evaluation.heldout import heldout_of, load_heldout
 from iet_sd.evaluation.images import TableImages
 from iet_sd.evaluation.measures import Measure, Resampling, measure
 from iet_sd.evaluation.pipelines import Model, check_pipeline
-from iet_sd.evaluation.prompts import caption_of, choose, request_for
+from iet_sd.evaluation.prompts import choose, prompt_of, request_for
 from iet_sd.evaluation.report import write_report
 from iet_sd.evaluation.rows import image_rows, pair_rows
 from iet_sd.evaluation.search import check_engine
@@ -244,7 +244,7 @@ def _losses(
         loss_NS = membership.stratified_losses(
             model.pipeline,
             Subset(table, chosen),
-            [caption_of(sources[name], i, seed) for i in chosen],
+            [prompt_of(sources[name], i, seed, settings.data) for i in chosen],
             timesteps,
             seed,
             settings.data.resolution,

@@ -166,6 +166,7 @@ def test_settings_of_training_need_not_be_repeated(pipelines, images, heldout, f
         "heldout_data_dir": str(heldout),
         "resolution": RESOLUTION,
         "learning_rate": 1e-4,
+        "caption_prefix": "a photo:",
     }
     (model / "training_config.yaml").write_text(yaml.safe_dump(trained))
     place = dict.fromkeys(("train_data_dir", "heldout_data_dir", "resolution", "output_dir"))
@@ -173,6 +174,8 @@ def test_settings_of_training_need_not_be_repeated(pipelines, images, heldout, f
     report = report_of(model / "evaluation")
     assert report["settings"]["resolution"] == RESOLUTION
     assert report["data"]["heldout"]["count"] == 30
+    pairs = parquet.read_table(model / "evaluation" / "pairs.parquet").to_pylist()
+    assert {p["prompt"] for p in pairs} <= {f"a photo: a cat or dog {i}" for i in range(16)}
 
 
 def test_without_heldout_images_only_on_request(flags, tmp_path, capsys):

@@ -12,7 +12,7 @@ from iet_sd.data.captions import draw
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import load_source
 from iet_sd.errors import UserError
-from iet_sd.evaluation.prompts import caption_of
+from iet_sd.evaluation.prompts import caption_of, prompt_of
 
 TAGS = "one girl, red hair,smile , long coat"
 
@@ -107,17 +107,20 @@ def test_global_generators_are_neither_asked_nor_moved():
         assert np.random.get_state()[1].tolist() == before[2]
 
 
-def test_prompts_of_an_evaluation_are_the_captions_as_they_are(folder, config):
-    rows = [{"file_name": "a.png", "text": TAGS}]
-    source = load_source(
-        config(
-            folder(["a.png"], rows),
-            proportion_empty_prompts=1.0,
-            shuffle_caption=True,
-            caption_prefix="x",
-        )
+def test_prompts_of_an_evaluation_are_captions_as_they_are_read_in_training(folder, config):
+    """With the prefix, which a model that is asked for its training images was trained on."""
+    rows = [{"file_name": "a.png", "text": TAGS}, {"file_name": "b.png"}]
+    data = config(
+        folder(["a.png", "b.png"], rows),
+        proportion_empty_prompts=1.0,
+        shuffle_caption=True,
+        caption_prefix="x",
+        on_missing_caption="empty",
     )
-    assert {caption_of(source, 0, seed) for seed in range(20)} == {TAGS}
+    source = load_source(data)
+    assert {prompt_of(source, 0, seed, data) for seed in range(20)} == {f"x {TAGS}"}
+    assert prompt_of(source, 1, 0, data) == ""
+    assert caption_of(source, 0, 0) == TAGS
 
 
 @pytest.mark.parametrize(

@@ -72,12 +72,13 @@ def model(config):
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
 def test_a_reading_is_what_evaluate_says_of_the_same_images(kind, config, probe_of, tmp_path):
-    settings = config(kind)
+    settings = config(kind, caption_prefix="a photo:")
     found = probe_of(settings).read(3, as_pipeline(model(settings)), nullcontext)
     flags = {
         "pretrained_model_name_or_path": settings.model.pretrained_model_name_or_path,
         "train_data_dir": settings.data.train_data_dir,
         "heldout_data_dir": settings.data.heldout_data_dir,
+        "caption_prefix": settings.data.caption_prefix,
         "resolution": RESOLUTION,
         "output_dir": tmp_path / "evaluation",
         "seed": settings.training.seed,
