@@ -8,8 +8,7 @@ from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import AtEnd, Comparison, at_end, compare
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
-from benchmarks.efficacy.settings import SETTINGS
-from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, STUDIES, Cell
+from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, STUDIES, Cell
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import Seeds, curves_of
 
@@ -19,7 +18,7 @@ Results = Mapping[Cell, Result]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Methods that are compared with plain fine-tuning of the same data; each comparison once."""
+    """Methods, and plain fine-tuning of the same data; each comparison at equal quality is kept."""
 
     setting: str
     mode: str
@@ -27,7 +26,6 @@ class Place:
     others: Methods
     """By label."""
     _found: dict[tuple[str, ...], Comparison | None] = field(default_factory=dict)
-    _ends: dict[tuple[str, ...], AtEnd] = field(default_factory=dict)
 
     @property
     def methods(self) -> Methods:
@@ -49,11 +47,8 @@ class Place:
 
     def at_end(self, label: str, measure: str, quality: str) -> AtEnd:
         """At equal updates; see `analysis.at_end`."""
-        key = label, measure, quality
-        if key not in self._ends:
-            pair = self.plain, self.others[label]
-            self._ends[key] = at_end(*(curves_of(runs, measure, quality) for runs in pair))
-        return self._ends[key]
+        pair = self.plain, self.others[label]
+        return at_end(*(curves_of(runs, measure, quality) for runs in pair))
 
 
 def places(known: Results) -> list[Place]:

@@ -17,8 +17,7 @@ from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.places import Methods, Place, Results, age, places, rate_of
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.results import Result
-from benchmarks.efficacy.settings import SETTINGS
-from benchmarks.efficacy.study import MAIN, RATES, STUDIES, TUNING_SEED, Cell
+from benchmarks.efficacy.study import MAIN, RATES, SETTINGS, STUDIES, TUNING_SEED, Cell
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import (
     HEADLINE,

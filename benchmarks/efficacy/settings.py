@@ -16,11 +16,6 @@ from benchmarks.efficacy.protocol import ROOT, Protocol
 from iet_sd.evaluation.prompts import choose
 from iet_sd.files import atomic_folder
 
-SETTINGS = {
-    "fluent": "256 Fluent emoji",
-    "duplicated": "the same, 13 of them as 10 rows each",
-    "twemoji": "256 Twemoji, another style (graphics by Twitter, CC-BY 4.0)",
-}
 READ_SEED = 0
 """Of the choice of images, prompts and noise, whatever the seed of training is."""
 TWEMOJI = "emoji-datasource-twitter@16.0.0"

@@ -13,8 +13,13 @@ from itertools import product
 from typing import Any
 
 from benchmarks.efficacy.methods import METHODS
-from benchmarks.efficacy.settings import SETTINGS
 
+SETTINGS = {
+    "fluent": "256 Fluent emoji",
+    "duplicated": "the same, 13 of them as 10 rows each",
+    "twemoji": "256 Twemoji, another style (graphics by Twitter, CC-BY 4.0)",
+}
+"""Data, made by `benchmarks.efficacy.settings`, which takes long to import."""
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 RATES = {
