@@ -10,6 +10,7 @@ good: it is for a process that trains one model.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,18 @@ from iet_sd.method.msr import redistribute
 from iet_sd.seeding import seed_for
 
 COLOUR_OPS = ("Identity", "Brightness", "Color", "Contrast", "Sharpness")
+DROPOUT = 0.1
 WHOLE_PIXEL_OPS = ("Identity", "TranslateX", "TranslateY", "Color")
 
 
 def random_skip() -> None:
     """As many samples of a batch are skipped as AGC would skip, at random."""
     _swap_decide(skip_at_random)
+
+
+def no_skip() -> None:
+    """TAA without AGC: below the threshold too, the nearer to it the stronger."""
+    step.decide = keep_all
 
 
 def shuffled_taa() -> None:
@@ -61,6 +68,20 @@ def whole_pixel_taa() -> None:
     _only("gentle", WHOLE_PIXEL_OPS)
 
 
+def dropout() -> None:
+    """A tenth of the activations of each block is dropped in training: a rival, not a control."""
+    start = rounds.Trainer.start
+
+    def begun(trainer: rounds.Trainer, *given: Any) -> Any:
+        state = start(trainer, *given)
+        for module in trainer.objective.components.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = DROPOUT
+        return state
+
+    rounds.Trainer.start = begun
+
+
 def skip_at_random(decision: Decision, generator: torch.Generator) -> Decision:
     """The keep mask in another order, and with it what follows from it; B samples."""
     order = torch.randperm(len(decision.keep_B), generator=generator)
@@ -68,6 +89,17 @@ def skip_at_random(decision: Decision, generator: torch.Generator) -> Decision:
         keep_B=decision.keep_B[order],
         second_pass_B=decision.second_pass_B[order],
         strength_B=decision.strength_B[order],
+    )
+
+
+def keep_all(
+    loss_B: Tensor, timesteps_B: Tensor, bank: agc.Bank, method: MethodConfig, timesteps: int
+) -> Decision:
+    """`decide` with every sample kept, and augmented by its distance from the threshold."""
+    decision = decide(loss_B, timesteps_B, bank, method, timesteps)
+    return decision._replace(
+        keep_B=torch.ones_like(decision.keep_B),
+        second_pass_B=decision.strength_B >= method.taa_min_strength,
     )
 
 

@@ -32,7 +32,7 @@ def at_a_glance(places: Sequence[Place]) -> str:
     return text + _table(places, [*head, "in short"], _at_equal_updates)
 
 
-def _in_short(comparison: Comparison | None) -> str:
+def in_short(comparison: Comparison | None) -> str:
     """How much less a method memorizes at equal quality."""
     if comparison is None:
         return "never better than before training"
@@ -62,7 +62,7 @@ def _table(
 def _at_equal_quality(place: Place, label: str) -> list[str]:
     found = [place.compare(label, "excess", quality) for quality in QUALITIES]
     best = interval(found[0].best, "{:+.4f}") if found[0] else ""
-    return [*map(_in_short, found), best]
+    return [*map(in_short, found), best]
 
 
 def _at_equal_updates(place: Place, label: str) -> list[str]:

@@ -39,6 +39,7 @@ METHODS: dict[str, Method] = {
     "weight_decay": Method(
         "plain, weight decay 1 instead of 0.01", _OFF | {"adam_weight_decay": 1.0}, **_PLAIN
     ),
+    "dropout": Method("plain, dropout 0.1 in the UNet", _OFF, swap="dropout", **_PLAIN),
     "ema": Method("plain, moving average of the weights", _OFF | {"use_ema": True}, **_PLAIN),
     "agc": Method("AGC alone, one model", _AGC, **_PLAIN),
     "agc_taa": Method("AGC and TAA, one model", _AGC_TAA, **_PLAIN),
@@ -81,10 +82,20 @@ METHODS: dict[str, Method] = {
         swap="constant_taa",
         **_PLAIN,
     ),
+    "taa_gentle": Method(
+        "TAA alone, so augmented, one model: nothing is skipped",
+        _AGC_TAA | _GENTLE,
+        swap="no_skip",
+        **_PLAIN,
+    ),
+    "agc_taa_gentle_ema": Method(
+        "AGC and TAA, so augmented, and a moving average of the weights, one model",
+        _AGC_TAA | _GENTLE | {"use_ema": True},
+        **_PLAIN,
+    ),
+    "iet_agc_taa_gentle": Method("IET-AGC with TAA, so augmented, no MSR", _AGC_TAA | _GENTLE),
     "iet_agc_plus_gentle": Method(
-        "IET-AGC+, augmenting by what leaves no marks: mirrored edges, no black",
-        _ALL | _GENTLE,
-        **_PLUS,
+        "IET-AGC+, augmenting by what leaves no marks: mirrored edges, no black", _ALL | _GENTLE
     ),
     "agc_calibrated": Method(
         "one model, skipping what has fallen 14 % more than the loss of unseen images has",
@@ -113,6 +124,17 @@ METHODS: dict[str, Method] = {
         _ALL,
         swap="random_exchange",
         **_PLUS,
+    ),
+    "random_exchange_gentle": Method(
+        "IET-AGC+, so augmented, moving as many samples as MSR would, at random",
+        _ALL | _GENTLE,
+        swap="random_exchange",
+    ),
+    "shuffled_gentle": Method(
+        "AGC and TAA, so augmented, strengths dealt out at random within a batch, one model",
+        _AGC_TAA | _GENTLE,
+        swap="shuffled_taa",
+        **_PLAIN,
     ),
     "shuffled_taa": Method(
         "AGC and TAA, one model, strengths dealt out at random within a batch",

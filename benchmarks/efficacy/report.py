@@ -14,6 +14,7 @@ from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.glance import at_a_glance, less_by
 from benchmarks.efficacy.methods import METHODS
+from benchmarks.efficacy.parts import part_by_part
 from benchmarks.efficacy.places import Methods, Place, Results, age, places, rate_of
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.results import Result
@@ -56,7 +57,7 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     for old in pictures.glob("*.png"):
         old.unlink()
     compared = places(known)
-    parts = [_head(known, protocol), at_a_glance(compared)]
+    parts = [_head(known, protocol), at_a_glance(compared), part_by_part(compared)]
     parts += [_section(place, pictures) for place in compared]
     parts.append(_tuning(known, pictures))
     parts.append(_left(known, protocol))

@@ -127,6 +127,12 @@ WHY_NOT = ("agc_taa_whole_pixel", "agc")
 OFTEN = ("plain", "agc", "agc_taa_gentle", "agc_calibrated")
 BEYOND = ("plain", "agc_taa_gentle", "iet", "iet_agc_plus_gentle", "ema", "agc")
 CONTROLS = ("constant_gentle", "iet_agc_plus_gentle", "agc_random_skip", "iet")
+WITHOUT = (
+    *("iet", "iet_agc_plus_gentle", "taa_gentle", "agc_random_skip"),
+    *("iet_agc", "iet_agc_taa_gentle", "agc_taa_gentle_ema", "ema"),
+    *("shuffled_gentle", "dropout", "random_exchange_gentle", "random_skip", "weight_decay"),
+    "iet_agc_msr",
+)
 TRIED = ("agc_calibrated", "constant_gentle", "agc_calibrated_taa_gentle", "agc_taa_told")
 
 
@@ -174,6 +180,19 @@ def goal(rate: Rate) -> Iterator[Cell]:
         yield from (make(rate, setting, "lora", method, seed) for method in GOAL)
 
 
+def parts(rate: Rate) -> Iterator[Cell]:
+    """What each part does, where memorization is most: on ``duplicated``, all weights.
+
+    Augmenting by what leaves no marks: with RandAugment's the marks hide everything else.
+    """
+    cell = lambda setting, method: make(rate, setting, "full", method, SEEDS[0])  # noqa: E731
+    yield from (cell("duplicated", method) for method in WITHOUT[:8])
+    yield make(
+        rate, "fluent", "full", "agc_taa_gentle", SEEDS[0], flags=(("taa_min_strength", 0.3),)
+    )
+    yield from (cell("duplicated", method) for method in WITHOUT[8:])
+
+
 def settings(rate: Rate) -> Iterator[Cell]:
     """The main methods on the other data, and as LoRA, by seeds."""
     places = [("duplicated", "full"), ("twemoji", "full"), ("fluent", "lora")]
@@ -203,6 +222,7 @@ STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
     "first": first,
     "beyond": beyond,
     "goal": goal,
+    "parts": parts,
     "settings": settings,
     "sweeps": sweeps,
 }

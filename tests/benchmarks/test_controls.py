@@ -12,6 +12,7 @@ from iet_sd.data import augmentation
 from iet_sd.data.augmentation import Augmentation
 from iet_sd.engine import rounds, step
 from iet_sd.engine.step import Decision, decide
+from iet_sd.method import agc
 from iet_sd.method.agc import empty_bank
 from iet_sd.method.msr import redistribute
 from iet_sd.presets import stand_for
@@ -43,6 +44,33 @@ def test_skips_at_random_are_as_many_and_any():
     # A sample brings its own strength along, so that no skipped one is augmented.
     assert all((each.second_pass_B <= each.keep_B).all() for each in drawn)
     assert all(each.bank is rule.bank for each in drawn)
+
+
+def test_taa_without_agc_keeps_all_and_augments_on_both_sides_of_the_threshold():
+    method = MethodConfig(**stand_for({}, "corrected", "iet_agc_plus") | {"bank_bins": 1})
+    batch = torch.tensor([1.0, 0.81, 0.79, 0.1, 3.0]), torch.zeros(5, dtype=torch.int64)
+    bank = agc.Bank(torch.ones(1), torch.tensor([10**6]))
+    rule, free = (f(*batch, bank, method, 1000) for f in (decide, controls.keep_all))
+    assert rule.keep_B.tolist() == [True, True, False, False, True]
+    assert rule.second_pass_B.tolist() == [True, True, False, False, False]
+    assert free.keep_B.all()
+    assert free.second_pass_B.tolist() == [True, True, True, False, False]
+    assert torch.equal(free.strength_B, rule.strength_B)
+    assert torch.equal(free.bank.value_T, rule.bank.value_T)
+
+
+def test_dropout_is_on_while_training_and_off_while_measuring(trainer_for, settings, monkeypatch):
+    monkeypatch.setattr(rounds.Trainer, "start", rounds.Trainer.start)
+    controls.dropout()
+    trainer, _ = trainer_for(settings())
+    unet = trainer.objective.components.unet
+    drops = [m for m in unet.modules() if isinstance(m, torch.nn.Dropout)]
+    assert {m.p for m in drops} == {0.1}
+    ones = torch.ones(4000)
+    unet.train()
+    assert 0.85 < (drops[0](ones) > 0).float().mean() < 0.95
+    unet.eval()
+    assert torch.equal(drops[0](ones), ones)
 
 
 def test_shuffled_strengths_are_the_same_ones_among_the_kept():
@@ -94,7 +122,10 @@ def test_the_exchange_at_random_moves_as_many_and_not_the_most_skipped():
     "name", sorted({m.swap for m in METHODS.values() if hasattr(controls, m.swap or "")})
 )
 def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
-    swapped = ((step, "decide"), (rounds, "redistribute"), (augmentation, "OPERATIONS"))
+    swapped = (
+        *((step, "decide"), (rounds, "redistribute")),
+        *((rounds.Trainer, "start"), (augmentation, "OPERATIONS")),
+    )
     before = [getattr(*place) for place in swapped]
     for place, value in zip(swapped, before, strict=True):
         monkeypatch.setattr(*place, value)
