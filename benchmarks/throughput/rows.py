@@ -55,18 +55,19 @@ _NONE = {"method": "none"}
 _CORRECTED = {"method": "iet_agc_plus", "preset": "corrected"}
 _PAPER = {"method": "iet_agc_plus", "preset": "paper"}
 # Not auto, which would do without caches in runs that are too short for them to pay.
-_ON, _OFF = {"cache": "on"}, {"cache": "off"}
+_ON, _OFF, _TWO = {"cache": "on"}, {"cache": "off"}, {"taa_variants": 2}
 ROWS = {
     "a": Row("diffusers' script", peer=True),
     "b": Row("none", _NONE | _ON),
     "b_off": Row("none, no cache", _NONE | _OFF),
     "c": Row("iet_agc", {"method": "iet_agc"} | _ON),
     "d": Row("iet_agc_plus, corrected", _CORRECTED | _ON),
+    "d_kept": Row("the same, 2 augmentations of each image kept", _CORRECTED | _ON | _TWO),
     "d_off": Row("iet_agc_plus, corrected, no cache", _CORRECTED | _OFF),
     "e": Row("iet_agc_plus, paper", _PAPER | _ON),
     "e_off": Row("iet_agc_plus, paper, no cache", _PAPER | _OFF),
 }
-COMPARED = ("a", "b", "b_off", "c", "d", "e")
+COMPARED = ("a", "b", "b_off", "c", "d", "d_kept", "e")
 SCALED = ("b", "d")
 PROFILED = ("b", "c", "d", "e")
 

@@ -73,6 +73,9 @@ class MethodConfig:
     """randaugment: all of RandAugment's 14, as in the paper; a model learns to draw the black
     wedges, gray pages and solarized colours that some leave. gentle: shifts, shears, turns,
     saturation and sharpness, with mirrored edges."""
+    taa_variants: int = 0
+    """Augment each image in one of so many ways at each whole magnitude, which are encoded once
+    (--cache): training then needs no VAE. 0: in a new way in every visit."""
     taa_strength: Literal["sample", "batch"] = "sample"
     """Each sample's own strength, or the mean over the batch cut to a whole magnitude."""
     taa_min_strength: float = 0.1
@@ -99,7 +102,7 @@ class MethodConfig:
         positive(self, "num_shards", "num_rounds", "bank_bins", "aggregate_every", "msr_every")
         positive(self, "taa_num_ops", "steps_per_round", "outer_learning_rate")
         not_negative(self, "agc_threshold", "taa_sharpness", "taa_magnitude", "taa_min_strength")
-        not_negative(self, "msr_min_skips", "taa_min_batch")
+        not_negative(self, "msr_min_skips", "taa_min_batch", "taa_variants")
         below_one(self, "bank_decay", "msr_fraction", "outer_momentum")
         if self.taa_magnitude > 30:
             raise UserError(

@@ -13,6 +13,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from iet_sd.errors import UserError
+from iet_sd.seeding import seed_for
 
 # RandAugment's scale of magnitudes: 0, 1, ..., 30.
 BINS = 31
@@ -31,6 +32,19 @@ class Augmentation(NamedTuple):
     """Operations in a row."""
     operations: Literal["randaugment", "gentle"] = "randaugment"
     """Which, of `OPERATIONS`."""
+    variants: int = 0
+    """How many there are of each picture; 0: one for each visit."""
+
+
+def draw_variant(augmentation: Augmentation, generator: torch.Generator) -> int:
+    """Which of its variants a visit sees."""
+    return int(torch.randint(augmentation.variants, (), generator=generator))
+
+
+def variant(augmentation: Augmentation, picture: str, number: int) -> torch.Generator:
+    """The generator of one variant of the augmented ``picture``, which is named by its content."""
+    address = picture, f"{augmentation.magnitude:g}", str(number)
+    return torch.Generator().manual_seed(seed_for(0, "augmentation", *address))
 
 
 def augment(

@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from iet_sd.config import DataConfig
-from iet_sd.data.augmentation import Augmentation
+from iet_sd.data.augmentation import Augmentation, draw_variant, variant
 from iet_sd.data.captions import draw, texts
-from iet_sd.data.images import decode
 from iet_sd.data.latents import Latents
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import Source
-from iet_sd.data.transforms import View, view
+from iet_sd.data.transforms import View, draw_placing
+from iet_sd.data.views import view_of
 from iet_sd.errors import UserError
 
 
@@ -82,6 +81,8 @@ class TrainingImages(Dataset):
     config: DataConfig
     latents: Latents | None = None
     """A cache of what the VAE makes of images that are not augmented."""
+    augmented: Latents | None = None
+    """A cache of what it makes of those that are."""
     threads: int = 0
     """That make several `examples` at the same time; 0: this one makes them."""
 
@@ -108,8 +109,8 @@ class TrainingImages(Dataset):
         Errors: `UserError` for an image that cannot be read, or is gone or has changed since the
         source was loaded.
         """
-        if self.latents is not None and augmentation is None:
-            seen = self.latents(visit)
+        if (kept := self.kept(augmentation is not None)) is not None:
+            seen = kept(visit, augmentation)
         else:
             seen = self._view(visit, augmentation)._asdict()
         # A sample may have none only if the settings allow for it.
@@ -123,6 +124,10 @@ class TrainingImages(Dataset):
             "seed": visit.seed,
         }
 
+    def kept(self, augmented: bool) -> Latents | None:
+        """The cache of images that are augmented, or of those that are not, if there is one."""
+        return self.augmented if augmented else self.latents
+
     def examples(self, looks: Sequence[tuple[Visit, Augmentation | None]]) -> list[dict[str, Any]]:
         """`example` of each visit and augmentation."""
         if not self.threads:
@@ -133,20 +138,16 @@ class TrainingImages(Dataset):
 
     def _view(self, visit: Visit, augmentation: Augmentation | None) -> View:
         name, digest = self.source.sample_ids[visit.index], self.source.digests[visit.index]
-        record = self.source.dataset[visit.index][self.source.image_column]
-        return view(
-            self._picture(record, name, digest),
-            size=self.source.sizes[visit.index],
-            center_crop=self.config.center_crop,
-            random_flip=self.config.random_flip,
-            interpolation=self.config.image_interpolation_mode,
-            generator=visit.generator("view"),
-            augmentation=augmentation,
-        )
-
-    def _picture(self, record: Any, name: str, digest: str | None) -> Image.Image:
+        generator = visit.generator("view")
+        # First, so that a visit has the same crop and flip with and without augmentation.
+        placing, augmented = draw_placing(generator), None
+        if augmentation is not None:
+            if augmentation.variants:
+                number = draw_variant(augmentation, generator)
+                generator = variant(augmentation, digest or name, number)
+            augmented = augmentation, generator
         try:
-            return decode(record, name, digest)
+            return view_of(self.source, self.config, visit.index, placing, augmented)
         except UserError as error:
             if digest is None:
                 raise

@@ -1,8 +1,8 @@
 """The VAE's posteriors of images, made once: which views of an image there are, and which of them
 a visit sees.
 
-A visit draws the same flip as it would without a cache, and one of a few crops. What is kept is
-mean and standard deviation, so that each visit draws a fresh latent.
+A visit draws the same flip and augmentation as it would without a cache, and one of a few crops.
+What is kept is mean and standard deviation, so that each visit draws a fresh latent.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from iet_sd.config import DataConfig
+from iet_sd.data.augmentation import Augmentation, draw_variant, variant
 from iet_sd.data.cache import Table
-from iet_sd.data.images import decode
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import Source
-from iet_sd.data.transforms import Placing, draw_placing, place
+from iet_sd.data.transforms import Placing, draw_placing
+from iet_sd.data.views import view_of
 from iet_sd.seeding import seed_for
 
 
@@ -27,6 +28,7 @@ class Variant(NamedTuple):
 
     index: int
     placing: Placing
+    augmented: tuple[Augmentation, torch.Generator] | None
 
 
 def crops_drawn(source: Source, config: DataConfig) -> bool:
@@ -41,9 +43,22 @@ class Variants(Dataset):
     crops each has a place drawn from its image's content, so other runs find the same.
     """
 
-    def __init__(self, source: Source, config: DataConfig, crops: int | None = None) -> None:
-        """``crops`` of each image, where a crop is drawn at all."""
-        self.source, self.config = source, config
+    def __init__(
+        self,
+        source: Source,
+        config: DataConfig,
+        crops: int | None = None,
+        augmentations: Sequence[Augmentation] = (),
+    ) -> None:
+        """``crops`` of each image, where a crop is drawn at all; each as it is, or augmented in
+        each of these ways, in all its variants.
+        """
+        self.source, self.config, self.augmentations = source, config, augmentations
+        self._first_look: dict[Augmentation | None, int] = {} if augmentations else {None: 0}
+        self._looks: list[tuple[Augmentation, int] | None] = [] if augmentations else [None]
+        for each in augmentations:
+            self._first_look[each] = len(self._looks)
+            self._looks += [(each, number) for number in range(each.variants)]
         drawn = crops_drawn(source, config)
         self.crops = crops or 1 if drawn else 1
         self.flips = 2 if config.random_flip else 1
@@ -52,54 +67,57 @@ class Variants(Dataset):
         sizes = [*zip(source.sizes, source.digests, strict=True)]
         self.images = sorted({key: i for i, key in reversed([*enumerate(sizes)])}.items())
         for number, (key, _) in enumerate(self.images):
-            self.first_row[key] = number * self.crops * self.flips
+            self.first_row[key] = number * self.each
         self.groups = [
-            sum(size == key[0] for key, _ in self.images) * self.crops * self.flips
+            sum(size == key[0] for key, _ in self.images) * self.each
             for size in sorted(set(source.sizes))
         ]
 
     def __len__(self) -> int:
-        return len(self.images) * self.crops * self.flips
+        return len(self.images) * self.each
 
-    def row_of(self, visit: Visit) -> int:
-        """The row that the visit sees."""
-        drawn = draw_placing(visit.generator("view"))
+    @property
+    def each(self) -> int:
+        """Rows of an image."""
+        return self.crops * self.flips * len(self._looks)
+
+    def row_of(self, visit: Visit, augmentation: Augmentation | None = None) -> int:
+        """The row that the visit sees. Errors: `KeyError` for a way of augmenting not kept."""
+        generator = visit.generator("view")
+        drawn, look = draw_placing(generator), self._first_look[augmentation]
+        if augmentation is not None:
+            look += draw_variant(augmentation, generator)
         first = self.first_row[self.source.sizes[visit.index], self.source.digests[visit.index]]
-        crop = int(drawn.across * self.crops)
-        return first + crop * self.flips + (self.flips > 1 and drawn.flip)
+        placed = int(drawn.across * self.crops) * self.flips + (self.flips > 1 and drawn.flip)
+        return first + placed * len(self._looks) + look
 
     def size_of(self, row: int) -> tuple[int, int]:
         """Height and width of the pixels of a row."""
-        (size, _), _ = self.images[row // (self.crops * self.flips)]
+        (size, _), _ = self.images[row // self.each]
         return size
 
     def describe(self) -> list[Any]:
         """All that the rows depend on besides the VAE, as JSON."""
         config = self.config
         how = [config.center_crop, config.image_interpolation_mode, self.crops, self.flips]
-        return [how, [key for key, _ in self.images]]
+        return [how, [key for key, _ in self.images], *self.augmentations]
 
     def variant(self, row: int) -> Variant:
         """What the row holds."""
-        number, view = divmod(row, self.crops * self.flips)
+        number, view = divmod(row, self.each)
         (_, digest), index = self.images[number]
-        crop, flip = divmod(view, self.flips)
+        placed, look = divmod(view, len(self._looks))
+        crop, flip = divmod(placed, self.flips)
         generator = torch.Generator().manual_seed(seed_for(0, "crop", digest, crop))
-        return Variant(index, draw_placing(generator)._replace(flip=bool(flip)))
+        placing = draw_placing(generator)._replace(flip=bool(flip))
+        if (kept := self._looks[look]) is None:
+            return Variant(index, placing, None)
+        augmentation, number = kept
+        return Variant(index, placing, (augmentation, variant(augmentation, digest, number)))
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """The pixels of a row, and what SDXL is told of them. Errors: as `decode`."""
-        index, placing = self.variant(row)
-        record = self.source.dataset[index][self.source.image_column]
-        image = decode(record, self.source.sample_ids[index], self.source.digests[index])
-        return place(
-            image,
-            size=self.source.sizes[index],
-            center_crop=self.config.center_crop,
-            random_flip=self.config.random_flip,
-            interpolation=self.config.image_interpolation_mode,
-            placing=placing,
-        )._asdict()
+        return view_of(self.source, self.config, *self.variant(row))._asdict()
 
 
 @dataclass(eq=False)
@@ -109,9 +127,9 @@ class Latents:
     variants: Variants
     table: Table
 
-    def __call__(self, visit: Visit) -> dict[str, Tensor]:
-        """What the visit sees. Errors: as `Table`."""
-        return dict(self.table[self.variants.row_of(visit)])
+    def __call__(self, visit: Visit, augmentation: Augmentation | None = None) -> dict[str, Tensor]:
+        """What the visit sees. Errors: as `Table`, and `Variants.row_of`."""
+        return dict(self.table[self.variants.row_of(visit, augmentation)])
 
 
 @dataclass(eq=False)

@@ -33,6 +33,9 @@ class Placing(NamedTuple):
     flip: bool
 
 
+CENTRE = Placing(0.5, 0.5, flip=False)
+
+
 def draw_placing(generator: torch.Generator) -> Placing:
     """Place and flip of one visit; all are drawn, whether used or not."""
     across, down, flip = torch.rand(3, dtype=torch.float64, generator=generator).tolist()
@@ -46,37 +49,13 @@ def view(
     center_crop: bool,
     random_flip: bool,
     interpolation: str,
-    generator: torch.Generator,
-    augmentation: Augmentation | None = None,
+    placing: Placing = CENTRE,
+    augmented: tuple[Augmentation, torch.Generator] | None = None,
 ) -> View:
     """``image`` as one visit sees it: resized to cover ``size`` (H, W), augmented, cropped to it.
 
-    Place of the crop and flip are drawn first, so that one seed gives the same crop and flip with
-    and without augmentation.
+    ``augmented``: how, and a generator for what is random about it.
     """
-    placing = draw_placing(generator)
-    return place(
-        image,
-        size=size,
-        center_crop=center_crop,
-        random_flip=random_flip,
-        interpolation=interpolation,
-        placing=placing,
-        augmented=augmentation and (augmentation, generator),
-    )
-
-
-def place(
-    image: Image.Image,
-    *,
-    size: tuple[int, int],
-    center_crop: bool,
-    random_flip: bool,
-    interpolation: str,
-    placing: Placing,
-    augmented: tuple[Augmentation, torch.Generator] | None = None,
-) -> View:
-    """`view` with a crop and flip that are known; augmentation acts on the resized image."""
     original_size = image.height, image.width
     image = F.resize(
         image, list(cover(original_size, size)), InterpolationMode[interpolation.upper()]

@@ -28,7 +28,9 @@ from iet_sd.engine import sizes
 from iet_sd.engine.collectives import from_main, together
 from iet_sd.engine.objective import posterior
 from iet_sd.engine.plan import weight_dtype
+from iet_sd.engine.second_pass import augmentation
 from iet_sd.errors import UserError
+from iet_sd.method import taa
 from iet_sd.models.fingerprint import fingerprint
 from iet_sd.models.loading import Components
 
@@ -76,6 +78,8 @@ class Beforehand:
 
     variants: Variants | None
     """The views of images, if images are."""
+    augmented: Variants | None
+    """Those of augmented images, if these are."""
     captions: list[str] | None
     """The captions, if these are; sorted."""
     reasons: dict[str, str]
@@ -83,7 +87,11 @@ class Beforehand:
 
     def describe(self) -> str:
         """For people."""
-        counts = {"views of images": self.variants, "captions": self.captions}
+        counts = {
+            "views of images": self.variants,
+            "views of augmented images": self.augmented,
+            "captions": self.captions,
+        }
         kept = " and ".join(f"{len(c)} {name}" for name, c in counts.items() if c is not None)
         lines = [f"{kept} are encoded once"] if kept else []
         lines += [f"{what} are encoded in every visit: {why}" for what, why in self.reasons.items()]
@@ -94,13 +102,14 @@ class Beforehand:
         parts = sizes.meta_components(config.model, config.data.cache_dir)
         dtype = weight_dtype(config.training.mixed_precision)
         texts = len(self.captions or ()) * sizes.encoded_caption(parts) * dtype.itemsize // 4
-        images, row = 0, 0
-        vae_dtype = parts.family.vae_dtype(parts.vae_config, dtype)
-        for count in self.variants.groups if self.variants is not None else ():
-            height, width = map(parts.latent_size, self.variants.size_of(row))
-            numbers = 2 * parts.vae.config.latent_channels * height * width
-            images += count * (numbers * vae_dtype.itemsize + _TOLD)
-            row += count
+        images, vae_dtype = 0, parts.family.vae_dtype(parts.vae_config, dtype)
+        for variants in filter(None, (self.variants, self.augmented)):
+            row = 0
+            for count in variants.groups:
+                height, width = map(parts.latent_size, variants.size_of(row))
+                numbers = 2 * parts.vae.config.latent_channels * height * width
+                images += count * (numbers * vae_dtype.itemsize + _TOLD)
+                row += count
         return texts + images
 
 
@@ -111,15 +120,21 @@ def choose(config: Config, source: Source, visits: int) -> Beforehand:
     Errors: `UserError` for ``--cache on`` where anything cannot be.
     """
     reasons, always = why_not(config, source), config.training.cache == "on"
-    variants = (
-        None if "images" in reasons else Variants(source, config.data, config.training.cache_crops)
-    )
+    views = partial(Variants, source, config.data, config.training.cache_crops)
+    variants = None if "images" in reasons else views()
     captions = None if "captions" in reasons else _captions(source, config)
     if variants is not None and len(variants) > visits and not always:
         variants, reasons["images"] = None, "there are more views of them than visits"
+    method, augmented = config.method, None
+    if variants is not None and method.taa and method.taa_variants:
+        rule = method.taa_min_strength, method.taa_magnitude, method.taa_strength
+        augmented = views([augmentation(m, method) for m in taa.whole_magnitudes(*rule)])
+        if len(augmented) > visits and not always:
+            reasons["augmented images"] = "there are more variants of them than visits"
+            augmented = None
     if captions is not None and len(captions) > visits and not always:
         captions, reasons["captions"] = None, "there are more of them than visits"
-    return Beforehand(variants, captions, reasons)
+    return Beforehand(variants, augmented, captions, reasons)
 
 
 def cached_images(
@@ -136,8 +151,7 @@ def cached_images(
     now. All processes take part, and share the work.
     Errors: `UserError` for a damaged file, or an image that has changed.
     """
-    captions, variants = beforehand.captions, beforehand.variants
-    read, latents = components.tokenize, None
+    captions, read = beforehand.captions, components.tokenize
     table = partial(_table, config, components)
     if captions is not None:
         encoders = (*components.family.text_encoders, *components.family.tokenizers)
@@ -149,25 +163,26 @@ def cached_images(
         encode = partial(_encode_captions, components, captions)
         _fill(texts_table, encode, process_index, num_processes)
         read = Texts(captions, texts_table)
-    if variants is not None:
+    workers, kept = config.training.dataloader_num_workers, {}
+    for kind, variants in (("latents", beforehand.variants), ("augmented", beforehand.augmented)):
+        if variants is None:
+            continue
         latents_table = from_main(
-            lambda: table("latents", ("vae",), variants.describe(), variants.groups),
+            lambda kind=kind, v=variants: table(kind, ("vae",), v.describe(), v.groups),
             process_index,
             num_processes,
         )
-        on_gpu = components.device.type == "cuda"
-        loader = Loader(variants, config.training.dataloader_num_workers, pin_memory=on_gpu)
+        loader = Loader(variants, workers, pin_memory=components.device.type == "cuda")
         with closing(loader) as pictures:
             encode = partial(_encode_images, components, variants, pictures)
             _fill(latents_table, encode, process_index, num_processes)
-        latents = Latents(variants, latents_table)
+        kept[kind] = Latents(variants, latents_table)
     logger.info("%s", beforehand.describe())
-    _keep(components, "vae", latents is None or config.method.taa)
+    encodes = "latents" not in kept or (config.method.taa and "augmented" not in kept)
+    _keep(components, "vae", encodes)
     for name in components.family.text_encoders:
         _keep(components, name, captions is None)
-    return TrainingImages(
-        source, read, config.data, latents, config.training.dataloader_num_workers
-    )
+    return TrainingImages(source, read, config.data, **kept, threads=workers)
 
 
 def _keep(components: Components, part: str, needed: bool) -> None:
@@ -203,7 +218,7 @@ def _table(
 ) -> Table:
     """The table of rows that ``rows`` describes, made by ``parts`` of the model."""
     dtype = weight_dtype(config.training.mixed_precision)
-    if kind == "latents":
+    if kind != "texts":
         dtype = components.family.vae_dtype(components.vae_config, dtype)
     files = components.folder, components.variant, components.vae_folder
     depends_on = {

@@ -64,6 +64,11 @@ def take(
     return taken
 
 
+def augmentation(magnitude: float, method: MethodConfig) -> Augmentation:
+    """How an image is augmented at a magnitude."""
+    return Augmentation(magnitude, method.taa_num_ops, method.taa_operations, method.taa_variants)
+
+
 def prepare(
     objective: Objective, taken: list[Pending], method: MethodConfig, dataset: TrainingImages
 ) -> list[Prepared]:
@@ -72,10 +77,13 @@ def prepare(
     Augmented ones have new noise; others the draws with which they were scored.
     """
     strength_Q = torch.tensor([p.strength for p in taken if p.augmented])
-    magnitude_Q = iter(taa.magnitudes(strength_Q, method.taa_magnitude, method.taa_strength))
-    how = method.taa_num_ops, method.taa_operations
+    magnitude_Q = iter(
+        taa.magnitudes(
+            strength_Q, method.taa_magnitude, method.taa_strength, method.taa_variants > 0
+        )
+    )
     looks = [
-        (Visit(p.index, p.seed), Augmentation(next(magnitude_Q), *how) if p.augmented else None)
+        (Visit(p.index, p.seed), augmentation(next(magnitude_Q), method) if p.augmented else None)
         for p in taken
     ]
     batches = defaultdict(list)

@@ -272,7 +272,7 @@ def train(
     counts = Counts(
         # What DREAM's own pass makes of ``direct`` is there.
         forward=len(samples) + len(taken) * (objective.forward_passes - 1),
-        encoded=len(taken if dataset.latents is None else augmented),
+        encoded=sum(dataset.kept(pending.augmented) is None for pending in taken),
     )
     if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
         on_nonfinite("loss", bad)

@@ -109,7 +109,6 @@ class TableImages:
             center_crop=True,
             random_flip=False,
             interpolation=self.interpolation,
-            generator=torch.Generator(),  # draws what is not used here
         ).pixel_values
         # From [-1, 1] back to the very bytes that it came from.
         return F.to_pil_image((pixels * 127.5 + 127.5).round().to(torch.uint8))

@@ -3,6 +3,7 @@
 Guan et al. 2025 (arXiv 2502.09434). Shapes: B samples of a batch, Q samples to augment.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -20,12 +21,25 @@ def strength(loss_B: Tensor, reference_B: Tensor, threshold: float, sharpness: f
     return torch.where(reference_B > 0, torch.exp(-sharpness * distance_B), 0.0)
 
 
-def magnitudes(strength_Q: Tensor, scale: float, mode: Literal["sample", "batch"]) -> list[float]:
+def magnitudes(
+    strength_Q: Tensor, scale: float, mode: Literal["sample", "batch"], whole: bool = False
+) -> list[float]:
     """RandAugment magnitudes (0 to 30) of the samples to augment.
 
-    ``sample``: scale * s, a fraction of a step. ``batch``: int(scale * mean s) for all, as the
-    authors' code has it.
+    ``sample``: scale * s, a fraction of a step, or the nearest ``whole`` one. ``batch``:
+    int(scale * mean s) for all, as the authors' code has it.
     """
-    if mode == "sample" or not len(strength_Q):
-        return (scale * strength_Q).tolist()
-    return [float(int(scale * strength_Q.mean().item()))] * len(strength_Q)
+    if mode == "batch" and len(strength_Q):
+        return [float(int(scale * strength_Q.mean().item()))] * len(strength_Q)
+    found = (scale * strength_Q).tolist()
+    return [float(math.floor(each + 0.5)) for each in found] if whole else found
+
+
+def whole_magnitudes(
+    min_strength: float, scale: float, mode: Literal["sample", "batch"]
+) -> list[float]:
+    """All that `magnitudes` may give as whole ones of strengths from ``min_strength`` to 1."""
+    weakest, strongest = (
+        int(magnitudes(torch.tensor([s]), scale, mode, whole=True)[0]) for s in (min_strength, 1.0)
+    )
+    return [float(magnitude) for magnitude in range(weakest, strongest + 1)]

@@ -6,7 +6,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from iet_sd.data.augmentation import Augmentation, augment
-from iet_sd.data.transforms import view
+from iet_sd.data.transforms import draw_placing, view
 
 R = 32
 
@@ -15,9 +15,17 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def view_of(image, seed=0, **settings):
-    defaults = {"center_crop": False, "random_flip": True, "interpolation": "lanczos"}
-    return view(image, **{"size": (R, R), "generator": seeded(seed)} | defaults | settings)
+def view_of(image, seed=0, augmentation=None, **settings):
+    generator = seeded(seed)
+    defaults = {
+        "size": (R, R),
+        "center_crop": False,
+        "random_flip": True,
+        "interpolation": "lanczos",
+        "placing": draw_placing(generator),
+        "augmented": augmentation and (augmentation, generator),
+    }
+    return view(image, **defaults | settings)
 
 
 def see(image, seed=0, **settings):

@@ -72,9 +72,14 @@ def decisions(rounds):
         ("sd1", {"method": "none"}),
         ("sd2", {"method": "iet_agc", "num_shards": 2, "train_mode": "lora"}),
         ("sd1", {"num_shards": 2, "taa_sharpness": 0.5, "proportion_empty_prompts": 0.3}),
+        ("sd1", {"num_shards": 2, "taa_sharpness": 0.5, "taa_variants": 2}),
         ("sdxl", {"num_shards": 2, "caption_prefix": "a", "aspect_ratio_buckets": "24,40;32,32"}),
+        ("sdxl", {"taa_sharpness": 0.5, "taa_variants": 1, "taa_operations": "gentle"}),
     ],
-    ids=["plain", "AGC, LoRA", "whole method, dropped captions", "SDXL, buckets, prefix"],
+    ids=[
+        *("plain", "AGC, LoRA", "whole method, dropped captions", "variants of augmented images"),
+        *("SDXL, buckets, prefix", "SDXL, variants"),
+    ],
 )
 def test_training_is_the_same_to_rounding(settings, kind, given):
     given = FITTING | {"random_flip": True, "steps_per_round": 3, "bank_bins": 1} | given
@@ -83,7 +88,12 @@ def test_training_is_the_same_to_rounding(settings, kind, given):
     )
     assert isinstance(dataset.latents, Latents)
     assert isinstance(dataset.read, Texts)
-    assert pixels.latents is None
+    assert pixels.latents is pixels.augmented is None
+    assert isinstance(dataset.augmented, Latents) == ("taa_variants" in given)
+    if dataset.augmented is not None:
+        counts = [event.counts for done in rounds for event in done.shards]
+        assert sum(each.augmented for each in counts) > 0
+        assert sum(each.encoded for each in counts) == 0
     assert decisions(rounds) == decisions(others)
     for name, weight in plain.items():
         assert torch.allclose(cached[name], weight, atol=1e-4), name
@@ -141,10 +151,13 @@ def forbidden():
     raise AssertionError("a network is loaded that nothing needs")
 
 
-@pytest.mark.parametrize(("method", "vae"), [("iet_agc", False), ("iet_agc_plus", True)])
-def test_what_is_cached_is_neither_loaded_nor_kept(settings, method, vae):
+@pytest.mark.parametrize(
+    ("method", "taa_variants", "vae"),
+    [("iet_agc", 0, False), ("iet_agc_plus", 0, True), ("iet_agc_plus", 2, False)],
+)
+def test_what_is_cached_is_neither_loaded_nor_kept(settings, method, taa_variants, vae):
     """TAA alone encodes images in training. The second run finds all that the first has made."""
-    config = settings(cache="on", method=method, **FITTING)
+    config = settings(cache="on", method=method, taa_variants=taa_variants, **FITTING)
     first, _, made = prepare(config)
     assert set(first._loaded) == ({"vae"} if vae else set())
     components = load_components(config.model, torch.float32, None)
@@ -302,8 +315,9 @@ def test_off_makes_nothing(settings, tmp_path):
         ("sd1", {"random_flip": True, "mixed_precision": "fp16"}),
         ("sdxl", {"cache_crops": 2, "center_crop": False, "mixed_precision": "fp16"}),
         ("sdxl", {"aspect_ratio_buckets": "24,40;32,32", "mixed_precision": "no"}),
+        ("sd1", {"taa_variants": 1, "random_flip": True, "mixed_precision": "no"}),
     ],
-    ids=["flips, 16 bits", "SDXL, crops, VAE in 32 bits", "SDXL, sizes"],
+    ids=["flips, 16 bits", "SDXL, crops, VAE in 32 bits", "SDXL, sizes", "augmented"],
 )
 def test_the_size_is_that_of_the_files(settings, tmp_path, kind, given):
     """Known from the configs of the model, before there is any."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from iet_sd.method.taa import magnitudes, strength
+from iet_sd.method.taa import magnitudes, strength, whole_magnitudes
 from iet_sd.presets import PRESETS
 
 THRESHOLD, SHARPNESS = 0.8, 5.0
@@ -71,3 +71,16 @@ def test_magnitudes_of_a_batch_are_its_mean_strength_cut_to_a_whole_number(stren
 @pytest.mark.parametrize("mode", ["sample", "batch"])
 def test_magnitudes_of_no_samples_are_none(mode):
     assert magnitudes(torch.zeros(0), 5.0, mode) == []
+
+
+@pytest.mark.parametrize("mode", ["sample", "batch"])
+@pytest.mark.parametrize("scale", [5.0, 4.5, 0.3, 30.0])
+@pytest.mark.parametrize("least", [0.0, 0.1, 0.5, 1.0])
+def test_whole_magnitudes_are_all_that_occur_and_no_others(mode, scale, least):
+    strength_Q = torch.linspace(least, 1.0, 4001).clamp(min=least)
+    parts = strength_Q if mode == "sample" else strength_Q[:, None]
+    found = [m for part in parts for m in magnitudes(part.reshape(-1), scale, mode, whole=True)]
+    assert sorted(set(found)) == whole_magnitudes(least, scale, mode)
+    if mode == "sample":
+        exact = magnitudes(strength_Q, scale, mode)
+        assert all(abs(m - e) <= 0.5 + 1e-6 for m, e in zip(found, exact, strict=True))
