@@ -17,11 +17,12 @@ def at_a_glance(places: Sequence[Place]) -> str:
     """Both tables, where there is anything to compare."""
     if not any(place.paired for place in places):
         return ""
-    at = f"{LEVELS[HEADLINE]:.0%}"
+    at, whole = (f"{LEVELS[level]:.0%}" for level in (HEADLINE, -1))
     text = "## At a glance\n\nExcess similarity (pixels), in brackets 95 % intervals.\n\n"
     text += "### Against early stopping, at equal quality\n\n"
     text += "As a share of what plain has, where that is surely above 0.\n\n"
     head = [f"less at {at} of the gain in {TITLES[q]}" for q in QUALITIES]
+    head.insert(1, f"at {whole} of it")
     text += _table(places, [*head, "best held-out loss is lower by"], _at_equal_quality)
     text += "\n### Against plain fine-tuning of as many updates\n\n"
     text += (
@@ -32,11 +33,11 @@ def at_a_glance(places: Sequence[Place]) -> str:
     return text + _table(places, [*head, "in short"], _at_equal_updates)
 
 
-def in_short(comparison: Comparison | None) -> str:
-    """How much less a method memorizes at equal quality."""
+def in_short(comparison: Comparison | None, at: int = HEADLINE) -> str:
+    """How much less a method memorizes at equal quality, at one of the levels."""
     if comparison is None:
         return "never better than before training"
-    level = comparison.levels[HEADLINE]
+    level = comparison.levels[at]
     return f"**{verdict(level.difference)}**: {less_by(level)}"
 
 
@@ -62,7 +63,7 @@ def _table(
 def _at_equal_quality(place: Place, label: str) -> list[str]:
     found = [place.compare(label, "excess", quality) for quality in QUALITIES]
     best = interval(found[0].best, "{:+.4f}") if found[0] else ""
-    return [*map(in_short, found), best]
+    return [in_short(found[0]), in_short(found[0], at=-1), *map(in_short, found[1:]), best]
 
 
 def _at_equal_updates(place: Place, label: str) -> list[str]:

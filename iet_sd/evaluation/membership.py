@@ -125,7 +125,6 @@ def _latents(pipeline: DiffusionPipeline, images: ImageSet, rows: range, resolut
                 center_crop=True,
                 random_flip=False,
                 interpolation="lanczos",
-                generator=torch.Generator(),
             ).pixel_values
             for n in rows
         ]

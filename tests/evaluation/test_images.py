@@ -135,7 +135,6 @@ def test_table_is_what_training_sees_without_chance(source, interpolation):
         center_crop=True,
         random_flip=False,
         interpolation=interpolation,
-        generator=torch.Generator(),
     ).pixel_values
     assert images[1].size == (8, 8)
     found = torch.from_numpy(np.asarray(images[1]).astype(np.float32)).permute(2, 0, 1)
