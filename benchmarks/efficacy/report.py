@@ -18,7 +18,7 @@ from benchmarks.efficacy.parts import part_by_part
 from benchmarks.efficacy.places import Methods, Place, Results, age, places, rate_of
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.results import Result
-from benchmarks.efficacy.study import MAIN, RATES, SETTINGS, STUDIES, TUNING_SEED, Cell
+from benchmarks.efficacy.study import RATES, SETTINGS, STUDIES, TUNING_SEED, Cell
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import (
     HEADLINE,
@@ -44,8 +44,9 @@ COMPARED = (
 """Measures, and at equal what."""
 _OFTEN = (("often", "heldout_loss"),)
 """The same where some images are shown often."""
-_SHOWN = (*MAIN, "agc_taa_gentle", "iet_agc_plus_gentle")
-"""Methods of the first pictures; the others have some of their own."""
+_SHOWN = ("plain", "agc", "agc_taa_gentle", "iet", "iet_agc_plus", "iet_agc_plus_gentle")
+"""Methods of the first pictures; the others have some of their own, of a few each."""
+_FEW = 6
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
 
 
@@ -105,10 +106,13 @@ def _section(place: Place, pictures: Path) -> str:
     parts = [f"## {SETTINGS[place.setting]}, {weights}\n", _does_plain(place.plain)]
     parts.append(_in_words(place))
     main = {label: runs for label, runs in methods.items() if label in _SHOWN}
-    rest = {"plain": place.plain} | {k: v for k, v in place.others.items() if k not in _SHOWN}
-    for part, chosen in (("", main), ("-parts", rest)):
-        if len(chosen) > 1 or not part:
-            parts += [_picture(f"{name}{part}", chosen, m, pictures, q) for m, q in _PLOTTED]
+    rest = [(label, runs) for label, runs in place.others.items() if label not in _SHOWN]
+    pages = {name: main}
+    for start in range(0, len(rest), _FEW):
+        page = f"{name}-others-{start // _FEW + 1}"
+        pages[page] = {"plain": place.plain, **dict(rest[start : start + _FEW])}
+    for page, chosen in pages.items():
+        parts += [_picture(page, chosen, m, pictures, q) for m, q in _PLOTTED]
     if place.setting == "duplicated":
         parts += _compared(place, "###", _OFTEN)
     parts += _compared(place, "###")
