@@ -1,0 +1,259 @@
+"""Sources: folders of images, what is wrong with some, and bad images."""
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+
+from iet_sd.data.images import decode
+from iet_sd.data.sources import load_source
+from tests.data.reading import captions, error_of
+
+
+def test_folder_with_metadata(folder, config):
+    root = folder(["b.png", "sub/a.png"])
+    source = load_source(config(root))
+    assert source.sample_ids == ("b.png", "sub/a.png")
+    assert captions(source) == [["picture b.png"], ["picture sub/a.png"]]
+    assert decode(source.dataset[1]["image"], "").tobytes() == (
+        Image.open(root / "sub/a.png").tobytes()
+    )
+    assert source.excluded == ()
+
+
+def test_metadata_csv(folder, config):
+    root = folder(["a.png", "b.png"], rows=[])
+    (root / "metadata.csv").write_text('file_name,caption\nb.png,"a cat, asleep"\na.png,b\n')
+    source = load_source(config(root, caption_column="caption"))
+    assert source.sample_ids == ("b.png", "a.png")
+    assert captions(source) == [["a cat, asleep"], ["b"]]
+
+
+def test_metadata_csv_with_commas_not_quoted(folder, config):
+    root = folder(["a.png"], rows=[])
+    (root / "metadata.csv").write_text("file_name,text\na.png,a cat, asleep\n")
+    assert "Put quotes around" in error_of(config(root))
+
+
+def test_metadata_parquet(folder, config):
+    root = folder(["a.png"], rows=[])
+    Dataset.from_dict({"file_name": ["a.png"], "text": ["a"]}).to_parquet(root / "metadata.parquet")
+    assert captions(load_source(config(root))) == [["a"]]
+
+
+def test_caption_with_odd_line_breaks(folder, config):
+    root = folder(["a.png", "b.png"], rows=[])
+    lines = [
+        '{"file_name": "a.png", "text": "a\u2028b\x85c"}',
+        '{"file_name": "b.png", "text": "b"}',
+    ]
+    (root / "metadata.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    assert captions(load_source(config(root))) == [["a\u2028b\x85c"], ["b"]]
+    (root / "metadata.jsonl").unlink()
+    (root / "metadata.csv").write_text('file_name,text\na.png,"a\nb"\nb.png,b\n')
+    assert captions(load_source(config(root))) == [["a\nb"], ["b"]]
+
+
+def test_stray_archive_is_ignored(folder, config):
+    root = folder(["a.png"])
+    (root / "backup.zip").write_text("x")
+    assert load_source(config(root)).sample_ids == ("a.png",)
+
+
+def test_captions_as_lists_and_strings(folder, config):
+    rows = [{"file_name": "a.png", "text": ["one", "", "two"]}, {"file_name": "b.png", "text": "b"}]
+    source = load_source(config(folder(["a.png", "b.png"], rows)))
+    assert captions(source) == [["one", "two"], ["b"]]
+
+
+def test_sidecars_in_nested_folders(folder, config):
+    root = folder(["10_cat/a.png", "10_cat/b.jpg", "c.png"], rows=[])
+    (root / "10_cat/a.txt").write_text("a cat\non a mat\n")
+    (root / "10_cat/b.caption").write_text("\ufeffnaïve cat", encoding="utf-8")
+    (root / "c.txt").write_text("c")
+    source = load_source(config(root))
+    assert source.sample_ids == ("10_cat/a.png", "10_cat/b.jpg", "c.png")
+    assert captions(source) == [["a cat on a mat"], ["naïve cat"], ["c"]]
+
+
+def test_sidecar_fills_in_for_metadata(folder, config):
+    root = folder(["a.png", "b.png"], rows=[{"file_name": "b.png", "text": "b"}])
+    (root / "a.txt").write_text("a")
+    assert captions(load_source(config(root))) == [["b"], ["a"]]
+
+
+def test_hidden_files_are_no_images(folder, config):
+    root = folder(["a.png", "._a.png", ".trash/b.png"], rows=[{"file_name": "a.png", "text": "a"}])
+    assert load_source(config(root)).sample_ids == ("a.png",)
+
+
+def test_image_named_train_does_not_make_a_split(folder, config):
+    assert len(load_source(config(folder(["a.png", "train.png", "test.png"]))).dataset) == 3
+
+
+def test_folders_of_splits(folder, config):
+    root = folder(["train/a.png", "train/x/b.png", "val/c.png"])
+    assert load_source(config(root)).sample_ids == ("train/a.png", "train/x/b.png")
+    held_out = load_source(config(root, dataset_split="validation"))
+    assert held_out.sample_ids == ("val/c.png",)
+    message = error_of(config(root, dataset_split="test"))
+    assert "['train', 'validation']" in message
+
+
+def test_metadata_column_named_sample_id(folder, config):
+    rows = [{"file_name": n, "text": n, "sample_id": i} for i, n in enumerate(["a.png", "b.png"])]
+    source = load_source(config(folder(["a.png", "b.png"], rows)))
+    assert source.sample_ids == ("0", "1")
+
+
+def test_folder_changed_between_two_runs(folder, config):
+    root = folder(["a.png"])
+    load_source(config(root))
+    folder(["a.png", "b.png"], [{"file_name": n, "text": "new"} for n in ("a.png", "b.png")])
+    assert captions(load_source(config(root))) == [["new"], ["new"]]
+
+
+def test_metadata_columns_may_mix_types(folder, config):
+    rows = [{"file_name": n, "text": n, "age": age} for n, age in [("a.png", 1), ("b.png", "x")]]
+    assert load_source(config(folder(["a.png", "b.png"], rows), group_column="age")).groups == (
+        "group 1",
+        "group x",
+    )
+
+
+# Mistakes in folders
+
+
+def test_no_such_folder(config, tmp_path):
+    assert "no such folder" in error_of(config(tmp_path / "nowhere"))
+
+
+def test_empty_folder(config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "holds no images" in error_of(config(tmp_path / "empty"))
+
+
+def test_wrong_kind_of_file(config, tmp_path):
+    (tmp_path / "x.docx").write_text("x")
+    assert "a folder, a .parquet file or a .tar archive" in error_of(config(tmp_path / "x.docx"))
+
+
+def test_images_without_captions(folder, config):
+    root = folder(rows=[])
+    message = error_of(config(root))
+    assert "metadata.jsonl" in message
+    assert "cat.txt" in message
+    assert captions(load_source(config(root, on_missing_caption="empty"))) == [[], [], []]
+
+
+def test_caption_column_of_the_wrong_name(folder, config):
+    root = folder(["a.png"], [{"file_name": "a.png", "age": 3, "caption": "a"}])
+    message = error_of(config(root))
+    assert "'text'" in message
+    assert "age, caption" in message
+    assert "--caption_column caption" in message
+
+
+@pytest.mark.parametrize("text", [None, "", "  ", [], [""]])
+def test_missing_caption(folder, config, text):
+    rows = [{"file_name": "a.png", "text": text}, {"file_name": "b.png", "text": "b"}]
+    # c.png has no row at all
+    root = folder(["a.png", "b.png", "c.png"], rows)
+    message = error_of(config(root))
+    assert "2 of 3 images have no caption: a.png, c.png." in message
+    skipping = load_source(config(root, on_missing_caption="skip"))
+    assert skipping.sample_ids == ("b.png",)
+    assert skipping.excluded == (("a.png", "no caption"), ("c.png", "no caption"))
+    empty = load_source(config(root, on_missing_caption="empty"))
+    assert dict(zip(empty.sample_ids, captions(empty), strict=True)) == {
+        "a.png": [],
+        "b.png": ["b"],
+        "c.png": [],
+    }
+
+
+def test_caption_that_is_no_text(folder, config):
+    root = folder(["a.png"], [{"file_name": "a.png", "text": 3}])
+    assert "a.png: a caption must be a text or a list of texts; got 3" in error_of(config(root))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"}', "row 2 has no file_name"),
+        ('{"file_name": "a.png", "text"', "line 2 is not valid JSON"),
+        ('["a.png", "a"]', "line 2: expected {...}"),
+        ('{"file_name": "../b.png", "text": "b"}', "file_name must lead to a file in"),
+        ('{"file_name": "./a.png", "text": "b"}', "'./a.png' has a row already"),
+    ],
+)
+def test_bad_row_of_metadata(folder, config, line, message):
+    root = folder(["a.png"])
+    with (root / "metadata.jsonl").open("a") as file:
+        file.write(line + "\n")
+    assert message in error_of(config(root))
+
+
+def test_sidecar_that_is_no_text(folder, config):
+    root = folder(["a.png"], rows=[])
+    (root / "a.txt").write_bytes(b"\xff\xfe\x00")
+    message = error_of(config(root))
+    assert "a.txt" in message
+    assert "UTF-8" in message
+
+
+# Bad images
+
+
+@pytest.fixture
+def odd_folder(folder):
+    """Good: palette.png, cmyk.jpg, rgba.png, turned.jpg. Bad: cut.jpg, words.png, gone.png."""
+    names = ["palette.png", "cmyk.jpg", "rgba.png", "turned.jpg", "cut.jpg", "words.png"]
+    root = folder(names, [{"file_name": n, "text": n} for n in [*names, "gone.png"]])
+    picture = Image.open(root / "rgba.png").convert("RGB")
+    picture.quantize(8).save(root / "palette.png")
+    picture.convert("CMYK").save(root / "cmyk.jpg")
+    picture.convert("RGBA").save(root / "rgba.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(root / "turned.jpg", exif=exif)
+    content = (root / "cut.jpg").read_bytes()
+    (root / "cut.jpg").write_bytes(content[:-100])
+    (root / "words.png").write_text("not a picture")
+    return root
+
+
+def test_bad_images_are_named(odd_folder, config):
+    message = error_of(config(odd_folder))
+    assert "3 of 7 images cannot be read" in message
+    assert "cut.jpg: image file is truncated" in message
+    assert "words.png: not an image" in message
+    assert "gone.png: no such file" in message
+    assert "--on_bad_image skip" in message
+
+
+def test_bad_images_are_skipped(odd_folder, config):
+    source = load_source(config(odd_folder, on_bad_image="skip"))
+    assert source.sample_ids == ("palette.png", "cmyk.jpg", "rgba.png", "turned.jpg")
+    assert [name for name, _ in source.excluded] == ["cut.jpg", "words.png", "gone.png"]
+    sizes = [decode(row["image"], "x").size for row in source.dataset]
+    assert sizes == [(20, 16), (20, 16), (20, 16), (16, 20)]
+    assert captions(source) == [[name] for name in source.sample_ids]
+
+
+def test_images_are_not_checked_unless_asked(odd_folder, config):
+    assert len(load_source(config(odd_folder, check_images="none")).sample_ids) == 7
+
+
+def test_nothing_left(folder, config):
+    root = folder(["a.png"])
+    (root / "a.png").write_text("words")
+    assert "Nothing to train on" in error_of(config(root, on_bad_image="skip"))
+
+
+def test_many_bad_images_are_counted(folder, config):
+    root = folder([f"{i}.png" for i in range(8)])
+    for path in root.glob("*.png"):
+        path.write_text("words")
+    message = error_of(config(root))
+    assert "8 of 8" in message
+    assert "and 3 more" in message
