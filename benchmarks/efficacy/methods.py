@@ -22,11 +22,11 @@ class Method:
     swap: str | None = None
 
 
-BEFORE = {"score_pass": "train", "taa_min_batch": 0.0, "taa_operations": "randaugment"}
+BEFORE = {"taa_min_batch": 0.0, "taa_operations": "randaugment"}
 """What was done before there were flags for it: older results are of the same settings."""
 
 _OFF = {"agc": False, "taa": False, "msr": False}
-_AGC = _OFF | {"agc": True, "score_pass": BEFORE["score_pass"]}
+_AGC = _OFF | {"agc": True}
 _AGC_TAA = _AGC | BEFORE | {"taa": True}
 _ALL = _AGC_TAA | {"msr": True}
 _GENTLE = {"taa_operations": "gentle"}

@@ -63,6 +63,9 @@ ROWS = {
     "c": Row("iet_agc", {"method": "iet_agc"} | _ON),
     "d": Row("iet_agc_plus, corrected", _CORRECTED | _ON),
     "d_kept": Row("the same, 2 augmentations of each image kept", _CORRECTED | _ON | _TWO),
+    "d_full": Row(
+        "the same, and batches filled up", _CORRECTED | _ON | _TWO | {"refill_skipped": ""}
+    ),
     "d_off": Row("iet_agc_plus, corrected, no cache", _CORRECTED | _OFF),
     "e": Row("iet_agc_plus, paper", _PAPER | _ON),
     "e_off": Row("iet_agc_plus, paper, no cache", _PAPER | _OFF),

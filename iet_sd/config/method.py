@@ -58,7 +58,8 @@ class MethodConfig:
     score_pass: Literal["auto", "train", "separate"] = "auto"
     """How samples that are not augmented are trained. train: by a backward pass of all that were
     scored. separate: in a second pass of the kept ones. auto: whichever is less work for the batch
-    at hand. Dropout of LoRA is drawn anew in a second pass."""
+    at hand; where by the round so far it is the second one, the first has no gradient. Dropout of
+    LoRA is drawn anew in a second pass."""
     refill_skipped: bool = False
     """Score up to 4 batches for each that is trained, until it is full of kept samples."""
     taa: bool = True

@@ -171,7 +171,7 @@ class Trainer:
             on_nonfinite = partial(self._on_nonfinite, f"{round}, shard {shard}, step {step}")
             # It is, unless it comes to no update; then so may be the next.
             is_last = step == limit or self.steps_done(total) + 1 == self.steps_per_round
-            counts = self._step(proxy, loaded, progress.new_skips_N, on_nonfinite, is_last)
+            counts = self._step(proxy, loaded, progress.new_skips_N, on_nonfinite, is_last, total)
             total += counts
             progress.seconds = time.perf_counter() - began
             loss = counts.loss_sum / counts.scored if counts.scored else math.nan
@@ -208,10 +208,11 @@ class Trainer:
         new_skips_N: Tensor,
         on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
         is_last: bool,
+        so_far: Counts,
     ) -> Counts:
         """Score ``gradient_accumulation_steps`` batches and do one update, if any is due.
 
-        In the round's last step nothing is left waiting.
+        In the round's last step nothing is left waiting. ``so_far``: of the shard, in this round.
         """
         method, per_update = self.config.method, self.config.training.samples_per_update
         counts, trained = Counts(), []
@@ -227,6 +228,7 @@ class Trainer:
                 self.config.training.train_batch_size,
                 loaded if method.refill_skipped else (),
                 may_wait=ahead > 0 or not is_last,
+                so_far=so_far,
             )
             counts += done.counts
             trained += done.trained

@@ -131,6 +131,7 @@ def accumulate_gradient(
     batch_size: int = 0,
     further: Iterable[dict[str, Tensor]] = (),
     may_wait: bool = False,
+    so_far: Counts | None = None,
 ) -> Outcome:
     """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
@@ -138,14 +139,16 @@ def accumulate_gradient(
     ``on_nonfinite`` returns: it is told "loss", and index and timestep of the samples.
     ``batch_size`` is that of a full batch, if this one may be smaller. ``further`` batches are
     scored until as many are kept (``refill_skipped``). Kept samples stay in the queue for a later
-    call by ``taa_leftovers``, or if they ``may_wait``.
+    call by ``taa_leftovers``, or if they ``may_wait``. By ``so_far``, what has been done with
+    batches like this one, it is foreseen how much of it its own pass will train.
     """
     full, waiting = max(len(batch["seed"]), batch_size), len(memory.queue)
     counts, direct, beside, skipped, trained = Counts(steps=1), [], [], [], []
+    with_gradient = foresees_one_pass(method, so_far or Counts(), objective)
     for scored in chain([batch], islice(further, MAX_BATCHES - 1)):
         # Where batches are filled up those that wait come first, and the others may have to.
         room = full - waiting - len(beside) if method.refill_skipped else full
-        done = score(objective, scored, memory, method, backward, on_nonfinite, room)
+        done = score(objective, scored, memory, method, backward, on_nonfinite, room, with_gradient)
         counts += done.counts
         skipped.append(done.skipped)
         trained += done.trained
@@ -191,16 +194,15 @@ def score(
     backward: Callable[[Tensor], None],
     on_nonfinite: OnNonfinite,
     room: int,
+    with_gradient: bool,
 ) -> Scored:
     """Score a batch, remember what it says, and train of it what costs least trained right away.
 
     Samples to augment join the queue, and so do samples to train as they are, beyond ``room``.
+    A pass ``with_gradient`` costs more than one without, which can train nothing.
     """
     timesteps_B = objective.draw_timesteps(batch["seed"].tolist(), "score/timestep")
-    # With no strength below the minimum every kept sample has a second pass: only score.
-    has_direct = not method.taa or method.taa_min_strength > 0
-    may_train = has_direct and method.score_pass != "separate" and not method.refill_skipped
-    with torch.set_grad_enabled(may_train):
+    with torch.set_grad_enabled(with_gradient):
         prepared = objective.prepare(batch, timesteps_B, "score")
         loss_B = objective.loss_of(prepared)
     seen_B, size, samples = loss_B.detach().cpu(), len(timesteps_B), prepared.samples
@@ -233,12 +235,26 @@ def score(
     skipped, number = batch["index"][~decision.keep_B], int(direct_B.sum())
     if not number:
         return Scored(counts, skipped, [], [])
-    if may_train and trains_all(method, number, size, objective):
+    if with_gradient and trains_all(method, number, size, objective):
         weighted_B = objective.weight(loss_B, timesteps_B)
         backward((weighted_B * on_device(direct_B, loss_B.device)).sum())
         counts.backward = size
         return Scored(counts, skipped, chosen(samples, direct_B), [])
     return Scored(counts, skipped, [], [objective.select(prepared, batch, direct_B)])
+
+
+def foresees_one_pass(method: MethodConfig, so_far: Counts, objective: Objective) -> bool:
+    """Whether a batch is likely to be trained by the pass that scores it: as those before it.
+
+    By the shares of what was scored in this round, so a resumed run foresees the same.
+    """
+    # With no strength below the minimum every kept sample has a second pass: only score.
+    has_direct = not method.taa or method.taa_min_strength > 0
+    if not has_direct or method.score_pass == "separate" or method.refill_skipped:
+        return False
+    if method.score_pass == "train" or not so_far.scored:
+        return True
+    return trains_all(method, so_far.trained - so_far.augmented, so_far.scored, objective)
 
 
 def trains_all(method: MethodConfig, number: int, size: int, objective: Objective) -> bool:

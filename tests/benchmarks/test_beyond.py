@@ -81,7 +81,14 @@ def calibrated(swaps, trainer_for, settings, heldout, monkeypatch):
 
 def scored(trainer, seen, memory, method):
     return step.score(
-        trainer.objective, seen, memory, method, lambda loss: None, pytest.fail, len(seen["seed"])
+        trainer.objective,
+        seen,
+        memory,
+        method,
+        lambda loss: None,
+        pytest.fail,
+        len(seen["seed"]),
+        with_gradient=True,
     )
 
 

@@ -167,6 +167,43 @@ def test_auto_is_the_cheaper_of_both_for_every_batch(mode, cost, trainer_for, se
     assert took == [kept >= first for kept in range(1, 9)]
 
 
+@pytest.mark.parametrize(
+    ("given", "kinds"),
+    [
+        ({"taa": False, "agc_threshold": 0.5}, {True}),
+        ({"taa": False, "agc_threshold": 1.0}, {True, False}),
+        ({"taa_sharpness": 0.5}, {True, False}),
+        ({"score_pass": "train", "taa_sharpness": 0.5}, {True}),
+        ({"taa_min_strength": 0.0}, {False}),
+    ],
+    ids=str,
+)
+def test_a_pass_has_gradient_where_those_before_it_have_trained(
+    given, kinds, trainer_for, settings, monkeypatch
+):
+    """In a round's first step, and then if two thirds of its samples were trained as scored."""
+    method = {"num_shards": 2, "bank_bins": 1, "msr": False, "agc_threshold": 0.9}
+    length = {"num_rounds": 2, "steps_per_round": 6}
+    trainer, state = trainer_for(settings(**method | length | given))
+    score, flags = step.score, []
+
+    def watch(*args):
+        flags.append(args[-1])
+        return score(*args)
+
+    monkeypatch.setattr(step, "score", watch)
+    seen, before = 0, {}
+    for event in trainer.run(state):
+        if not isinstance(event, StepDone):
+            continue
+        (flag,), seen = flags[seen:], len(flags)
+        scored, direct = before.get((event.round, event.shard), (0, 0))
+        assert flag == (kinds == {True} or (kinds != {False} and direct >= scored * 2 / 3))
+        total = state.progress.counts
+        before[event.round, event.shard] = total.scored, total.trained - total.augmented
+    assert set(flags) == kinds
+
+
 def watched(monkeypatch, trainer):
     """What is kept and what is trained of the samples of a run, and how large second passes are."""
     kept, trained, passes = Counter(), Counter(), []
