@@ -207,15 +207,12 @@ def settings(rate: Rate) -> Iterator[Cell]:
 def sweeps(rate: Rate) -> Iterator[Cell]:
     """Settings of the winner, on ``fluent``, all weights: K, threshold, bins, augmentation."""
     cell = lambda *given, **more: make(rate, "fluent", "full", *given, **more)  # noqa: E731
+    settings = [("agc_threshold", each) for each in (0.9, 0.65, 0.5)]
+    settings += [("taa_magnitude", 10.0), ("taa_min_strength", 0.3)]
+    settings += [("bank_bins", each) for each in (10, 1000)]
     for seed in SEEDS:
-        for threshold in (0.5, 0.65, 0.9):
-            yield cell("agc_taa_gentle", seed, flags=(("agc_threshold", threshold),))
-        for shards in (2, 4, 8):
-            yield cell("iet_agc_plus_gentle", seed, num_shards=shards)
-        for bins in (10, 1000):
-            yield cell("agc_taa_gentle", seed, flags=(("bank_bins", bins),))
-        yield cell("agc_taa_gentle", seed, flags=(("taa_magnitude", 10.0),))
-        yield cell("agc_taa_gentle", seed, flags=(("taa_min_strength", 0.3),))
+        yield from (cell("agc_taa_gentle", seed, flags=(each,)) for each in settings)
+        yield from (cell("iet_agc_plus_gentle", seed, num_shards=shards) for shards in (2, 4, 8))
 
 
 STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
