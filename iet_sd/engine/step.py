@@ -252,7 +252,8 @@ def foresees_one_pass(method: MethodConfig, so_far: Counts, objective: Objective
     has_direct = not method.taa or method.taa_min_strength > 0
     if not has_direct or method.score_pass == "separate" or method.refill_skipped:
         return False
-    if method.score_pass == "train" or not so_far.scored:
+    # Without AGC all is trained as it is scored, also after batches that were left out.
+    if not method.agc or method.score_pass == "train" or not so_far.scored:
         return True
     return trains_all(method, so_far.trained - so_far.augmented, so_far.scored, objective)
 

@@ -23,7 +23,7 @@ from benchmarks.throughput.arithmetic import (
     steady,
     work_per_image,
 )
-from benchmarks.throughput.compare import summary
+from benchmarks.throughput.compare import compare, summary
 from benchmarks.throughput.measure import Bench, plain_counts, read_rounds
 from benchmarks.throughput.pipeline import (
     SD15_TFLOP,
@@ -248,6 +248,27 @@ def test_a_run_is_a_process_with_its_time_memory_and_counts(tmp_path):
         bench.run("a", ROWS["a"], chosen, 6)
     (line,) = log.read_text().splitlines()
     assert json.loads(line) == {"row": "a", "rounds": 2, **asdict(run)}
+
+
+def test_rows_are_run_in_turns_after_a_first_run_that_makes_the_caches(
+    pipeline, tmp_path, monkeypatch
+):
+    """A B A B, short and long; what is written is of these, and the start of the first ones."""
+    done = []
+
+    def run(self, key, row, setting, rounds):
+        assert row is ROWS[key]
+        done.append((key, rounds))
+        return run_of(setting.updates(rounds), 20.0 if len(done) <= 2 else 8.0, 0.25)
+
+    monkeypatch.setattr(Bench, "run", run)
+    monkeypatch.setattr(Bench, "imports", lambda self: done.append("imports") or 5.0)
+    monkeypatch.setattr(Bench, "matrix_speed", lambda self: 1e11)
+    _, record = compare(Bench(tmp_path), setting(model=pipeline), ("a", "b"), (2, 6), 2)
+    turn = ["imports", ("a", 2), ("a", 6), ("b", 2), ("b", 6)]
+    assert done == [("a", 2), ("b", 2), *turn, *turn]
+    assert [each["start"] for each in record["steady"]["b"]] == pytest.approx([8.0, 8.0])
+    assert record["first"]["b"]["seconds"] == 20.0 + 64 * 0.25
 
 
 def test_the_text_of_a_comparison(pipeline, tmp_path, monkeypatch):

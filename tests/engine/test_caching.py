@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 
-from iet_sd.data.dataset import TrainingImages
+from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.latents import Latents, Texts, Variants
 from iet_sd.data.shards import Visit, split
 from iet_sd.data.sources import load_source
@@ -83,21 +83,45 @@ def decisions(rounds):
 )
 def test_training_is_the_same_to_rounding(settings, kind, given):
     given = FITTING | {"random_flip": True, "steps_per_round": 3, "bank_bins": 1} | given
-    (cached, rounds, dataset), (plain, others, pixels) = (
-        train(settings(kind=kind, cache=cache, **given)) for cache in ("on", "off")
-    )
+    config = settings(kind=kind, cache="on", **given)
+    cached, rounds, dataset = train(config)
+    plain, others, pixels = train(settings(kind=kind, cache="off", **given))
     assert isinstance(dataset.latents, Latents)
     assert isinstance(dataset.read, Texts)
     assert pixels.latents is pixels.augmented is None
     assert isinstance(dataset.augmented, Latents) == ("taa_variants" in given)
-    if dataset.augmented is not None:
-        counts = [event.counts for done in rounds for event in done.shards]
-        assert sum(each.augmented for each in counts) > 0
-        assert sum(each.encoded for each in counts) == 0
+    # Of the VAE's work the loop has none but for augmented images, unless these are kept too.
+    counts = [event.counts for done in rounds for event in done.shards]
+    augmented, encoded = (sum(getattr(c, n) for c in counts) for n in ("augmented", "encoded"))
+    assert (augmented > 0) == config.method.taa
+    assert encoded == (0 if "taa_variants" in given else augmented)
     assert decisions(rounds) == decisions(others)
     for name, weight in plain.items():
         assert torch.allclose(cached[name], weight, atol=1e-4), name
     assert any(not torch.equal(cached[name], weight) for name, weight in plain.items())
+
+
+def test_a_visit_reads_one_of_several_captions_with_a_cache_too(settings, images, tmp_path):
+    """The same one as without, and embedded as the encoder does."""
+    folder = tmp_path / "several"
+    shutil.copytree(images, folder)
+    rows = [{"file_name": f"{n:02d}.png", "text": [f"a cat {n}", f"a dog {n}"]} for n in range(16)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = FITTING | {"train_data_dir": str(folder), "method": "none", "random_flip": True}
+    (components, _, dataset), (_, _, plain) = (
+        prepare(settings(cache=cache, **given)) for cache in ("on", "off")
+    )
+    assert len(dataset.read.captions) == 32
+    objective = Objective(components, torch.device("cpu"), nullcontext)
+    met = set()
+    for seed in range(40):
+        told, asked = (collate([each[Visit(seed % 2, seed)]]) for each in (dataset, plain))
+        condition, expected = map(objective.encode_captions, (told, asked))
+        assert torch.allclose(
+            condition["encoder_hidden_states"], expected["encoder_hidden_states"], atol=1e-5
+        )
+        met.add(tuple(asked["input_ids"].flatten().tolist()))
+    assert len(met) == 4
 
 
 def test_each_visit_draws_a_fresh_latent_of_the_posterior(settings):

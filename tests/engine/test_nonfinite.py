@@ -11,7 +11,7 @@ from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import visits
 from iet_sd.engine.rounds import RoundDone, ShardDone, StepDone
-from iet_sd.engine.step import Memory, accumulate_gradient
+from iet_sd.engine.step import Counts, Memory, accumulate_gradient, foresees_one_pass
 from iet_sd.errors import UserError
 from iet_sd.method.agc import empty_bank
 from iet_sd.presets import PRESETS
@@ -123,6 +123,10 @@ def test_batches_left_out_for_their_gradient_are_as_if_they_were_not_there(
     assert equal({name: p.detach() for name, p in trainer.parameters.items()}, expected)
     assert done.counts.nonfinite == done.counts.steps - 5 > 0
     assert done.counts.trained == 20
+    # One pass each, the first batch being left out or not.
+    assert done.counts.forward == 4 * done.counts.batches
+    left_out = Counts(scored=4, nonfinite=1)
+    assert foresees_one_pass(trainer.config.method, left_out, trainer.objective)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["full", "lora"])
