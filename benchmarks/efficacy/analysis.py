@@ -102,9 +102,11 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class AtEnd:
-    """Two methods after their last update."""
+class AtBudget:
+    """Two methods that have spent as much."""
 
+    places: tuple[float, float]
+    """Where on its curve each is then, in readings."""
     first: Estimate
     second: Estimate
     difference: Estimate
@@ -195,21 +197,41 @@ def compare(
     return Comparison(first.seeds, tuple(levels), area, best)
 
 
-def at_end(first: Curves, second: Curves, resamples: int = 1000, seed: int = 0) -> AtEnd:
-    """How much less the second memorizes after its last update, and at what quality.
+def at_budget(
+    first: Curves,
+    second: Curves,
+    spent_2R: Sequence[np.ndarray],
+    resamples: int = 1000,
+    seed: int = 0,
+) -> AtBudget:
+    """How much less the second memorizes where both have spent as much, and at what quality.
+
+    ``spent_2R``: what each has spent at its readings (updates, samples, FLOP), rising. As much is
+    all that the one spends which spends less in all; readings are joined by straight lines.
 
     By the seeds that both have; intervals as those of `compare`.
     """
+    budget = min(spent_R[-1] for spent_R in spent_2R)
+    places = tuple(float(np.interp(budget, s_R, np.arange(len(s_R)))) for s_R in spent_2R)
 
     def statistic(a: Curve, b: Curve) -> np.ndarray:
-        memory, quality = np.array([a[1][-1], b[1][-1]]), np.array([a[0][-1], b[0][-1]])
+        quality_2, memory_2 = zip(
+            *([between(v_R, place) for v_R in c] for c, place in zip((a, b), places, strict=True)),
+            strict=True,
+        )
+        memory, quality = np.array(memory_2), np.array(quality_2)
         reduction = _reduction(*memory)
         return np.array([*memory, memory[0] - memory[1], reduction, quality[0] - quality[1]])
 
     a, b, difference, reduction, better = _intervals(
         statistic, *paired(first, second), resamples, seed
     )
-    return AtEnd(a, b, difference, reduction if _is_sure(a, reduction) else None, better)
+    return AtBudget(places, a, b, difference, reduction if _is_sure(a, reduction) else None, better)
+
+
+def between(values_R: np.ndarray, place: float) -> float:
+    """A number at a place between readings."""
+    return float(np.interp(place, np.arange(len(values_R)), values_R))
 
 
 def paired(first: Curves, second: Curves) -> tuple[Curves, Curves]:

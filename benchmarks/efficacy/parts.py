@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.efficacy.analysis import AtEnd, verdict
+from benchmarks.efficacy.analysis import AtBudget, verdict
 from benchmarks.efficacy.glance import in_short
 from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.tables import as_table, interval
@@ -87,7 +87,7 @@ def _settings(places: Sequence[Place]) -> list[Part]:
 
 
 def _row(part: Part, place: Place) -> list[str]:
-    end, edges = (place.at_end(part.there, "excess", q) for q in ("heldout_loss", "kid_edges"))
+    end, edges = (place.at_budget(part.there, "excess", q) for q in ("heldout_loss", "kid_edges"))
     loss, kid = (place.compare(part.there, "excess", q) for q in ("heldout_loss", "kid_edges"))
     seeds = set(place.plain) & set(place.others[part.there])
     return [
@@ -100,6 +100,6 @@ def _row(part: Part, place: Place) -> list[str]:
     ]
 
 
-def _at_end(end: AtEnd) -> str:
+def _at_end(end: AtBudget) -> str:
     share = f", {interval(end.reduction, '{:.0%}')} of it" if end.reduction else ""
     return f"**{verdict(end.difference)}**: {interval(end.difference, '{:+.3f}')}{share}"

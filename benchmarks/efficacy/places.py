@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.efficacy import results as files
-from benchmarks.efficacy.analysis import AtEnd, Comparison, at_end, compare
+from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, compare
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
 from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, STUDIES, Cell
 from benchmarks.efficacy.study import cells as cells_of
-from benchmarks.efficacy.tables import Seeds, curves_of
+from benchmarks.efficacy.tables import Seeds, curves_of, scalar
 
 Methods = dict[str, Seeds]
 Results = Mapping[Cell, Result]
@@ -45,10 +45,14 @@ class Place:
             self._found[key] = compare(*(curves_of(runs, measure, quality) for runs in pair))
         return self._found[key]
 
-    def at_end(self, label: str, measure: str, quality: str) -> AtEnd:
-        """At equal updates; see `analysis.at_end`."""
+    def at_budget(
+        self, label: str, measure: str, quality: str, budget: str = "updates"
+    ) -> AtBudget:
+        """Where as much is spent, of one of `tables.BUDGETS`; see `analysis.at_budget`."""
         pair = self.plain, self.others[label]
-        return at_end(*(curves_of(runs, measure, quality) for runs in pair))
+        seeds = set(pair[0]) & set(pair[1])
+        spent = [scalar({seed: runs[seed] for seed in seeds}, budget) for runs in pair]
+        return at_budget(*(curves_of(runs, measure, quality) for runs in pair), spent)
 
 
 def places(known: Results) -> list[Place]:

@@ -2,11 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from benchmarks.efficacy.analysis import LEVELS, Comparison, Curves, verdict
+from benchmarks.efficacy.analysis import LEVELS, Comparison, Curves, between, verdict
+from benchmarks.efficacy.cell import LORA, LORA_TARGETS
+from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import Result
+from benchmarks.throughput.arithmetic import Work
+from benchmarks.throughput.pipeline import count_work
 from iet_sd.evaluation.membership import membership_auc
 from iet_sd.evaluation.statistics import Estimate
 
@@ -82,6 +87,19 @@ def _mean(measure: str) -> Callable[[Result], np.ndarray]:
     return lambda result: curves_of({0: result}, measure).mean[1]
 
 
+def compute(result: Result) -> np.ndarray:
+    """FLOP of the UNet's and the VAE's passes in training, up to each reading: (R,)."""
+    work = _work(result.protocol["model"], result.protocol["resolution"], result.cell.train_mode)
+    passes = {"forward": work.unet, "backward": work.backward, "encoded": work.vae}
+    return sum(float(flop) * result.column(name) for name, flop in passes.items())
+
+
+@cache
+def _work(model: str, resolution: int, train_mode: str) -> Work:
+    lora = LORA | {"lora_target_modules": LORA_TARGETS} if train_mode == "lora" else {}
+    return count_work(ROOT / model, resolution, train_mode, **lora)
+
+
 def _share(part: str, whole: str) -> Callable[[Result], np.ndarray]:
     return lambda result: result.column(part) / np.maximum(result.column(whole), 1)
 
@@ -90,6 +108,7 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
     "updates": lambda r: r.column("updates"),
     "trained": lambda r: r.column("trained"),
     "passes": lambda r: r.column("forward") + r.column("backward"),
+    "compute": lambda r: compute(r),
     "heldout_loss": lambda r: r.column("heldout_loss").mean(axis=1),
     **{name: _mean(name) for name in MEASURES},
     "authentic": lambda r: r.column("authentic_pixels").mean(axis=1),
@@ -104,6 +123,12 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
     "augmented": _share("augmented", "trained"),
     "seconds": lambda r: r.column("train_seconds"),
 }
+BUDGETS = {
+    "updates": "as many updates",
+    "trained": "as many samples trained",
+    "compute": "as much compute",
+}
+"""What may be spent alike, by names of `NUMBERS`."""
 TITLES = {"heldout_loss": "held-out loss", "kid_edges": "KID (edges)", "kid_pixels": "KID (pixels)"}
 """Measures of quality."""
 _COLUMNS = (
@@ -195,8 +220,7 @@ def comparison_table(
 
 def at_place(runs: Seeds, place: float, name: str) -> float:
     """A number at a place between readings, as a mean over seeds."""
-    values_R = scalar(runs, name)
-    return float(np.interp(place, np.arange(len(values_R)), values_R))
+    return between(scalar(runs, name), place)
 
 
 def copies_table(methods: Mapping[str, Seeds]) -> str:

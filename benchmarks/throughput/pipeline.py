@@ -8,6 +8,7 @@ that the optimizer's share of a step is larger than it should be, for all rows a
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,11 +129,12 @@ def build_images(folder: Path, count: int, resolution: int) -> Path:
     return folder
 
 
-def count_work(pipeline: Path, resolution: int, train_mode: str, rank: int = 4) -> Work:
-    """The work of one image in the pipeline of this folder; counted without weights."""
-    config = ModelConfig(
-        pretrained_model_name_or_path=str(pipeline), train_mode=train_mode, rank=rank
-    )
+def count_work(pipeline: Path, resolution: int, train_mode: str, **lora: Any) -> Work:
+    """The work of one image in the pipeline of this folder; counted without weights.
+
+    ``lora``: further settings of `ModelConfig`.
+    """
+    config = ModelConfig(pretrained_model_name_or_path=str(pipeline), train_mode=train_mode, **lora)
     parts = sizes.meta_components(config, None)
     (text_encoder,) = parts.text_encoders
     meta = torch.device("meta")

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.efficacy.analysis import (
     Curves,
-    at_end,
+    at_budget,
     best_reading,
     common_levels,
     compare,
@@ -19,6 +19,7 @@ from iet_sd.evaluation.statistics import Estimate
 # Held-out loss falls, then rises; memorization rises all the way.
 QUALITY = np.array([10.0, 6.0, 4.0, 5.0, 8.0])
 MEMORY = np.array([0.0, 1.0, 3.0, 6.0, 9.0])
+UPDATES = np.arange(5) * 100
 
 
 def curves(memory_R, quality_R=QUALITY, seeds=(0, 1, 2), noise=0.0, units=200, draw=7):
@@ -181,20 +182,40 @@ def test_intervals_cover_a_planted_difference():
 
 def test_after_as_many_updates_memory_and_quality_are_those_of_the_last_readings():
     better = curves(MEMORY / 3, quality_R=QUALITY - 0.5)
-    found = at_end(curves(MEMORY), better, resamples=50)
+    found = at_budget(curves(MEMORY), better, (UPDATES, UPDATES), resamples=50)
     ends = found.first, found.second, found.difference, found.better
     assert [each.value for each in ends] == pytest.approx([9.0, 3.0, 6.0, 0.5])
     assert found.reduction.value == pytest.approx(2 / 3)
-    assert at_end(curves(MEMORY - 10), better, resamples=50).reduction is None
+    none = at_budget(curves(MEMORY - 10), better, (UPDATES, UPDATES), resamples=50)
+    assert none.reduction is None
 
 
 def test_after_as_many_updates_a_planted_reduction_is_covered_and_prompts_are_paired():
     """The noise of prompts is the same in both, so the difference has none of it."""
     first, second = (curves(memory, noise=3, units=60) for memory in (MEMORY, MEMORY - 4))
-    found = at_end(first, second, resamples=400)
+    found = at_budget(first, second, (UPDATES, UPDATES), resamples=400)
     assert found.first.high - found.first.low > 0.5
     assert found.difference.low == pytest.approx(4) == found.difference.high
     assert found.reduction.low < 4 / 9 < found.reduction.high
+
+
+@pytest.mark.parametrize(
+    ("dear", "cheap", "places", "first", "second"),
+    [
+        # The second has spent 300 at its end, which the first has between its last readings.
+        (UPDATES, 0.75 * UPDATES, (3.0, 4.0), (6.0, 5.0), (4.5, 8.0)),
+        (UPDATES, 0.625 * UPDATES, (2.5, 4.0), (4.5, 4.5), (4.5, 8.0)),
+        # The other way round it is the second that goes on.
+        (0.25 * UPDATES, UPDATES, (4.0, 1.0), (9.0, 8.0), (0.5, 6.0)),
+    ],
+    ids=["a reading", "between two", "the first spends less"],
+)
+def test_as_much_is_what_the_one_that_spends_less_spends_in_all(dear, cheap, places, first, second):
+    found = at_budget(curves(MEMORY), curves(MEMORY / 2), (dear, cheap), resamples=50)
+    assert found.places == pytest.approx(places)
+    memory, quality = zip(first, second, strict=True)
+    assert (found.first.value, found.second.value) == pytest.approx(memory)
+    assert found.better.value == pytest.approx(quality[0] - quality[1])
 
 
 def test_the_best_reading_is_after_training_began():

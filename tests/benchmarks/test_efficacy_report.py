@@ -15,8 +15,11 @@ from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 
 
-def planted(protocol, method, seed, shards, factor, setting="fluent", flags=()):
-    """A result whose memorization is ``factor`` times that of plain, at the same losses."""
+def planted(protocol, method, seed, shards, factor, setting="fluent", flags=(), **counts):
+    """A result whose memorization is ``factor`` times that of plain, at the same losses.
+
+    ``counts``: what a reading adds to a count, in place of 128.
+    """
     rng = np.random.default_rng(seed)
     R, P = 5, 20
     heldout = np.array([0.08, 0.06, 0.05, 0.055, 0.07])
@@ -28,7 +31,7 @@ def planted(protocol, method, seed, shards, factor, setting="fluent", flags=()):
     rows = [
         {
             "round": 2 * r,
-            **dict.fromkeys(results.COUNTS, 128 * r),
+            **{name: counts.get(name, 128) * r for name in results.COUNTS},
             "moved": 0,
             "strength_sum": 0.0,
             "train_seconds": 100.0 * r,
@@ -87,7 +90,11 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_p
     text = report_of(
         [
             *(planted(protocol, "plain", seed, 1, 1.0) for seed in (0, 1)),
-            *(planted(protocol, "iet", seed, 4, 0.5) for seed in (0, 1)),
+            # Half as many samples, and three times the passes.
+            *(
+                planted(protocol, "iet", seed, 4, 0.5, trained=64, forward=384, backward=384)
+                for seed in (0, 1)
+            ),
             planted(protocol, "agc", 0, 1, 1.5),
             spoilt(planted(protocol, "ema", 0, 1, 0.5)),
             planted(protocol, "plain", TUNING_SEED, 1, 1.0),
@@ -99,11 +106,17 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_p
     assert re.search(r"\*\*ema\*\* \(n = 1\): less, with worse pictures\.", text)
     glance = text.partition("## At a glance")[2].partition("## 256")[0]
     rows = [line for line in glance.splitlines() if line.startswith("| fluent, full | ")]
-    iet, at_end = (row for row in rows if row.startswith("| fluent, full | iet |"))
+    iet, *spent = (row for row in rows if row.startswith("| fluent, full | iet |"))
     assert re.search(r"\| 2 \| \*\*less\*\*: .*50% \[\d+%, \d+%\] of it", iet)
     assert METHODS["iet"].text in iet
-    assert re.search(r"\| 2 \| \+0\.400 \| \+0\.200 \| 50% \[\d+%, \d+%\] ", at_end)
-    assert at_end.endswith("| **less**, equal quality |")
+    updates, samples, compute = (row.partition(" | 2 | ")[2] for row in spent)
+    assert re.match(r"512, 512 \| \+0\.400 \| \+0\.200 \| 50% \[\d+%, \d+%\] ", updates)
+    assert updates.endswith("| **less**, equal quality |")
+    # Plain has trained as many after half of its run, where it is at its best.
+    assert samples.startswith("256, 512 | +0.100 | +0.200 | -100% [")
+    assert samples.endswith("| **more**, worse held-out loss and KID (edges) and KID (pixels) |")
+    # Plain's compute is that of the VAE too, so the method has spent it after a third and more.
+    assert 512 / 3 < int(re.match(r"512, (\d+) \| \+0\.400 \| ", compute)[1]) < 256
     spoilt_row = [row for row in rows if row.startswith("| fluent, full | ema |")][-1]
     assert spoilt_row.endswith("| **less**, worse KID (edges) |")
     assert "the caption's own for 0% of pictures before training, 10% at the lowest" in text
