@@ -181,6 +181,13 @@ def goal(rate: Rate) -> Iterator[Cell]:
         yield from (make(rate, setting, "lora", method, seed) for method in GOAL)
 
 
+def stricter(rate: Rate) -> Iterator[Cell]:
+    """The winner with a threshold that skips more, on all data, all weights: best of the sweeps."""
+    flags = (("agc_threshold", 0.9),)
+    for seed, setting in product(SEEDS, SETTINGS):
+        yield make(rate, setting, "full", "agc_taa_gentle", seed, flags=flags)
+
+
 def parts(rate: Rate) -> Iterator[Cell]:
     """What each part does, where memorization is most: on ``duplicated``, all weights.
 
@@ -219,6 +226,7 @@ STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
     "first": first,
     "beyond": beyond,
     "goal": goal,
+    "stricter": stricter,
     "parts": parts,
     "settings": settings,
     "sweeps": sweeps,

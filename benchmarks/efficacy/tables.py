@@ -17,6 +17,8 @@ from iet_sd.evaluation.statistics import Estimate
 
 HEADLINE = 2
 """Of `analysis.LEVELS`: 95 % of the gain."""
+MEAN_OF_LEVELS = "mean of 50 to 100%"
+"""What `analysis.Comparison.area` is."""
 Seeds = Mapping[int, Result]
 """One method's results, by seed."""
 
@@ -186,7 +188,7 @@ def comparison_table(
     """
     shares = [f"{share:.0%}" for share in LEVELS]
     at = shares[HEADLINE]
-    head = ["method", "n", *(f"less by, at {share}" for share in shares), "mean of 50 to 100%"]
+    head = ["method", "n", *(f"less by, at {share}" for share in shares), MEAN_OF_LEVELS]
     head += [f"{TITLES[quality]} at {at}", "plain there", "method there", "reduction"]
     head += [f"{TITLES[other]}: plain, method", "memorizes"]
     head += [f"best {TITLES[quality]} is lower by"]

@@ -128,6 +128,27 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of, tmp_p
     assert f"| `first` | {wanted} | 8 |" in text
 
 
+def test_the_goal_is_reached_on_all_data_or_not_at_all(report_of):
+    """By a method at half of plain's memorization, and not by one that is so on two of three."""
+    found = [
+        planted(
+            Protocol(), method, 0, shards, 0.8 if (method, setting) == hard else factor, setting
+        )
+        for setting in study.SETTINGS
+        for method, shards, factor in (("plain", 1, 1.0), ("agc", 1, 0.5), ("ema", 1, 0.5))
+        for hard in [("ema", "twemoji")]
+    ]
+    text = report_of([*found, planted(Protocol(), "iet", 0, 4, 0.1)])
+    table = text.partition("### The goal")[2].partition("###")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| full | ")]
+    assert [(row[1], row[2], row[-1]) for row in rows] == [
+        ("ema", "1, 1, 1", "no |"),
+        ("agc", "1, 1, 1", "yes |"),
+    ]
+    assert all(re.match(r"50% \[\d+%, \d+%\]; \+0\.\d+ \[\+", cell) for cell in rows[1][3:6])
+    assert rows[0][5].startswith("20% [")
+
+
 def test_the_report_marks_what_is_to_be_run_again(report_of):
     found = [planted(Protocol(), "plain", 0, 1, 1.0), planted(Protocol(), "iet", 0, 4, 0.5)]
     found[1].about["flags"]["num_rounds"] = 3
