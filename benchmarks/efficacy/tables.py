@@ -110,7 +110,7 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
     "updates": lambda r: r.column("updates"),
     "trained": lambda r: r.column("trained"),
     "passes": lambda r: r.column("forward") + r.column("backward"),
-    "compute": lambda r: compute(r),
+    "compute": compute,
     "heldout_loss": lambda r: r.column("heldout_loss").mean(axis=1),
     **{name: _mean(name) for name in MEASURES},
     "authentic": lambda r: r.column("authentic_pixels").mean(axis=1),
