@@ -1,8 +1,8 @@
 """Methods and presets as data: values of `MethodConfig` fields, nothing else.
 
 ``METHODS`` switches parts on and off; ``PRESETS`` reads the rules as the authors' code does
-(``paper``), with its accidents repaired (``corrected``), or so and with augmentation that leaves no
-marks (``gentle``). There is one implementation.
+(``paper``), with its accidents repaired (``corrected``), so and with augmentation that leaves no
+marks (``gentle``), or so and skipping more (``strict``). There is one implementation.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,14 @@ METHODS: dict[str, dict[str, Any]] = {
     # Odd rounds redistribute, even rounds average: two local rounds lie between two averages.
     "iet_agc_plus": {"agc": True, "taa": True, "msr": True, "aggregate_every": 2},
     "iet_agc": {"agc": True, "taa": False, "msr": False, "aggregate_every": 1},
+    "agc_taa": {"agc": True, "taa": True, "msr": False, "aggregate_every": 1, "num_shards": 1},
     "iet": {"agc": False, "taa": False, "msr": False, "aggregate_every": 1},
     "none": {"agc": False, "taa": False, "msr": False, "aggregate_every": 1, "num_shards": 1},
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "agc_threshold": 0.8,
         "aggregation_weights": "uniform",
         "bank_bias": "raw",
         "bank_bins": 1000,
@@ -35,6 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shard_split": "contiguous",
     },
     "corrected": {
+        "agc_threshold": 0.8,
         "aggregation_weights": "size",
         "bank_bias": "corrected",
         "bank_bins": 50,
@@ -53,6 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["gentle"] = PRESETS["corrected"] | {"taa_operations": "gentle"}
+PRESETS["strict"] = PRESETS["gentle"] | {"agc_threshold": 0.9}
 
 
 def stand_for(written: Mapping[str, Any], preset: str, method: str) -> dict[str, Any]:

@@ -127,8 +127,9 @@ def test_the_paper_steps_after_an_empty_batch_unless_there_is_taa(loaded, flags)
 def test_presets_say_the_same_things_so_that_one_replaces_another_whole(loaded):
     names = set(PRESETS["paper"])
     assert all(set(preset) == names for preset in PRESETS.values())
-    other = {name for name in names if PRESETS["gentle"][name] != PRESETS["corrected"][name]}
-    assert other == {"taa_operations"}
+    steps = {("corrected", "gentle"): "taa_operations", ("gentle", "strict"): "agc_threshold"}
+    for (one, two), name in steps.items():
+        assert {n for n in names if PRESETS[one][n] != PRESETS[two][n]} == {name}
     found = loaded("preset: paper", "--preset", "gentle")
     assert {name: found[name] for name in names - {"empty_batch"}} == {
         name: PRESETS["gentle"][name] for name in names - {"empty_batch"}
@@ -145,7 +146,20 @@ def test_method_flag_replaces_single_values_of_the_file(loaded):
     assert {name: found[name] for name in METHODS["none"]} == METHODS["none"]
 
 
-@pytest.mark.parametrize("method", ["iet_agc_plus", "iet_agc", "iet"])
+def test_the_winner_of_the_study_is_a_method_and_a_preset(loaded):
+    """The flags of its cells, in two words."""
+    found = loaded("", "--method", "agc_taa", "--preset", "strict")
+    wanted = loaded(
+        *("", "--num_shards", "1", "--no-msr", "--aggregate_every", "1"),
+        *("--taa_operations", "gentle", "--agc_threshold", "0.9"),
+    )
+    names = {"method", "preset"}
+    assert {n: v for n, v in found.items() if n not in names} == {
+        n: v for n, v in wanted.items() if n not in names
+    }
+
+
+@pytest.mark.parametrize("method", ["iet_agc_plus", "iet_agc", "agc_taa", "iet"])
 def test_nothing_remains_of_the_method_in_the_file(loaded, method):
     """Not even what the new method does not speak of: the one shard of method none."""
     assert loaded("method: none", "--method", method) == loaded("", "--method", method)
@@ -193,7 +207,7 @@ def test_switching_parts_off(loaded):
         ("revision: 2", "revision must be a text; got 2"),
         ("validation_prompts: a cat", "validation_prompts must be a list of texts; got 'a cat'"),
         ("validation_prompts: [a, 1]", "validation_prompts must be a list of texts"),
-        ("preset: papers", "preset must be one of corrected, gentle, paper; got 'papers'"),
+        ("preset: papers", "preset must be one of corrected, gentle, strict, paper; got 'papers'"),
         ("report_to: no", "report_to must be one of tensorboard, wandb, comet_ml, all, none"),
         ("- a list", "expected lines of `name: value`"),
         ("a: b: c", "not valid YAML"),

@@ -1,6 +1,7 @@
 """The model card is read by the Hub's own code, and says nothing of this machine."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from iet_sd.engine.step import Counts
 from iet_sd.engine.tracking import round_line, table
 from iet_sd.hub.card import plain, refresh_card, write_card, write_settings
 from iet_sd.hub.contents import GRID, SETTINGS, contents, is_evaluated
+from iet_sd.presets import METHODS
 
 
 def line(number, **counts):
@@ -64,6 +66,11 @@ def test_metadata(card, given):
     assert data.pipeline_tag == "text-to-image"
     assert {"stable-diffusion", "text-to-image", "diffusers", "iet-agc"} <= set(data.tags)
     assert ("lora" in data.tags) == ("train_mode" in given)
+
+
+def test_each_method_is_said_in_words(card):
+    said = {re.search(r"Method: (.+)\.", card(method=method).text)[1] for method in METHODS}
+    assert len(said) == len(METHODS)
 
 
 def test_the_rounds_are_shown(card):

@@ -15,11 +15,13 @@ class MethodConfig:
     of the other fields, which win when given.
     """
 
-    method: Literal["iet_agc_plus", "iet_agc", "iet", "none"] = "iet_agc_plus"
-    """iet_agc_plus: all parts. iet_agc: shards and skipping. iet: shards alone. none: plain."""
-    preset: Literal["corrected", "gentle", "paper"] = "corrected"
+    method: Literal["iet_agc_plus", "iet_agc", "agc_taa", "iet", "none"] = "iet_agc_plus"
+    """iet_agc_plus: all parts. iet_agc: shards and skipping. agc_taa: skipping and augmentation in
+    one model. iet: shards alone. none: plain."""
+    preset: Literal["corrected", "gentle", "strict", "paper"] = "corrected"
     """corrected: the method with the accidents of the authors' code repaired. paper: as theirs.
-    gentle: corrected, with augmentation that leaves no marks in what the model draws."""
+    gentle: corrected, with augmentation that leaves no marks in what the model draws. strict:
+    gentle, skipping more (--agc_threshold 0.9)."""
     num_shards: int = 4
     """Shards of the data, each with a proxy of the model (K)."""
     num_rounds: int = 10

@@ -28,6 +28,7 @@ _METHOD = {
     "iet_agc_plus": "IET-AGC+: shards with averaged proxies, skipping (AGC), threshold-aware "
     "augmentation (TAA), redistribution of the most skipped samples (MSR)",
     "iet_agc": "IET-AGC: shards with averaged proxies, skipping (AGC)",
+    "agc_taa": "skipping (AGC) and threshold-aware augmentation (TAA) in one model",
     "iet": "IET: shards with averaged proxies",
     "none": "plain fine-tuning",
 }
