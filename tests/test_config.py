@@ -147,7 +147,7 @@ def test_method_flag_replaces_single_values_of_the_file(loaded):
 
 
 def test_the_winner_of_the_study_is_a_method_and_a_preset(loaded):
-    """The flags of its cells, in two words."""
+    """What makes it, in two words; its cells besides let no augmented image wait."""
     found = loaded("", "--method", "agc_taa", "--preset", "strict")
     wanted = loaded(
         *("", "--num_shards", "1", "--no-msr", "--aggregate_every", "1"),
