@@ -86,8 +86,8 @@ class Calibrated:
             self.scored = prepared
             return loss_of(prepared)
 
-        def counting(*given: Any) -> Scored:
-            done = score(*given)
+        def counting(*given: Any, **named: Any) -> Scored:
+            done = score(*given, **named)
             done.counts.forward += self.passes
             return done
 
