@@ -73,6 +73,7 @@ class Compared:
             "similarity": near.value_QK[:, 0],
             "own_similarity": own,
             "is_own": near.index_QK[:, 0] == own_P,
+            "nearest": near.index_QK[:, 0],
             "authentic": auth_pct(apart, self.spacing_N),
             "kid": kid_of_each(views[0], self.heldout_HD),
         }
@@ -129,6 +130,7 @@ class StudyProbe(Probe):
         about = {
             "prompt_ids": list(self.prompt_ids),
             "prompts": list(self.prompts),
+            "train_ids": list(train.sample_ids),
             "heldout_similarity": {k: _list(c.heldout_H) for k, c in self.compared.items()},
         }
         write_text_atomic(folder / "about.json", json.dumps(about))
@@ -166,8 +168,16 @@ class StudyProbe(Probe):
         k = min(RATIO_NEIGHBOURS, len(self.raw_ND))
         distances = nearest(views[0], self.raw_ND, k, "l2", flipped_QD=views[1]).value_QK
         found["l2_ratio"] = _list(l2_ratio(distances))
-        found["pictures"] = [_webp(p).hex() for p in pictures[: self.protocol.shown]]
+        shown = {"pictures": range(self.protocol.shown)}
+        shown["closest_pictures"] = closest(np.array(found["similarity_pixels"]), self.protocol)
+        for name, chosen in shown.items():
+            found[name] = [_webp(pictures[p]).hex() for p in chosen]
         return found | {"read_seconds": time.perf_counter() - began}
+
+
+def closest(similarity_P: np.ndarray, protocol: Protocol) -> list[int]:
+    """The prompts whose pictures resemble a training image most, the closest first."""
+    return np.argsort(-similarity_P, kind="stable")[: protocol.shown].tolist()
 
 
 def _each_once(data: DataConfig, once: Path) -> DataConfig:

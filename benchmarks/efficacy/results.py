@@ -22,7 +22,9 @@ COUNTS = (
     *("forward", "backward", "encoded"),
 )
 SHOWN_SEED = 0
-"""Of the runs whose pictures are kept."""
+"""Of the runs whose pictures are kept: the first prompts' at each reading, and of the last one those
+closest to a training image."""
+_PICTURES = ("pictures", "closest_pictures")
 _ABOUT = b"efficacy"
 
 
@@ -33,7 +35,8 @@ class Result:
     cell: Cell
     protocol: dict[str, Any]
     about: dict[str, Any]
-    """prompts, prompt_ids, copies of each prompt's image, heldout_similarity, flags, versions."""
+    """prompts, prompt_ids, copies of each prompt's image, train_ids, heldout_similarity, flags,
+    versions."""
     rows: list[dict[str, Any]]
 
     def column(self, name: str) -> np.ndarray:
@@ -60,9 +63,12 @@ def write(
         for path in (folder / "readings").glob("round-*.json")
     }
     rows = rows_of(lines, readings)
-    if cell.seed != SHOWN_SEED:
-        rows = [row | {"pictures": []} for row in rows]
-    columns = {name: pa.array([_stored(row[name]) for row in rows]) for name in rows[0]}
+    last = rows[-1]
+    for row in rows:
+        for name in _PICTURES:
+            is_kept = cell.seed == SHOWN_SEED and (name == "pictures" or row is last)
+            row[name] = [bytes.fromhex(text) for text in row[name]] if is_kept else []
+    columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
     table = pa.table({name: _small(column) for name, column in columns.items()})
     content = {"cell": cell.as_dict(), "protocol": protocol.as_dict(), "about": about}
     table = table.replace_schema_metadata({_ABOUT: json.dumps(content).encode()})
@@ -76,7 +82,7 @@ def write(
 def rows_of(
     lines: list[dict[str, Any]], readings: Mapping[int, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """A row a reading: its numbers, and the counts of all rounds up to it."""
+    """A row a reading: its numbers, and the counts of all rounds up to it; pictures as text."""
     rounds = [line for line in lines if line["kind"] == "round"]
     rows = []
     for number in sorted(readings):
@@ -131,12 +137,6 @@ def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float 
 
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _stored(value: Any) -> Any:
-    """Pictures travel as text in JSON."""
-    is_pictures = isinstance(value, list) and value and isinstance(value[0], str)
-    return [bytes.fromhex(text) for text in value] if is_pictures else value
 
 
 def _small(column: pa.Array) -> pa.Array:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks.efficacy import results, runner, settings, study
 from benchmarks.efficacy.methods import METHODS, Method
 from benchmarks.efficacy.protocol import ROOT, Protocol
+from benchmarks.efficacy.readings import closest
 from benchmarks.efficacy.study import Cell
 
 
@@ -34,7 +35,7 @@ def protocol(pipelines):
         samples=6,
         timesteps=2,
         inference_steps=2,
-        shown=2,
+        shown=6,
     )
 
 
@@ -76,6 +77,15 @@ def test_a_cell_has_a_row_a_reading_and_counts_up_to_it(duplicated, protocol):
     pictures = result.rows[-1]["pictures"]
     assert len(pictures) == protocol.shown
     assert pictures[0][:4] == b"RIFF"
+    # The pictures closest to a training image, the closest first, and which image that is.
+    similarity_P = result.column("similarity_pixels")[-1]
+    order = sorted(range(protocol.prompts), key=lambda p: -similarity_P[p])
+    assert result.rows[-1]["closest_pictures"] == [pictures[p] for p in order]
+    assert [len(row["closest_pictures"]) for row in result.rows[:-1]] == [0, 0]
+    nearest = [result.about["train_ids"][i] for i in result.rows[-1]["nearest_pixels"]]
+    own = [a == b for a, b in zip(nearest, result.about["prompt_ids"], strict=True)]
+    assert own == result.rows[-1]["is_own_pixels"]
+    assert closest(similarity_P, replace(protocol, shown=2)) == order[:2]
     assert not list((work / "cells").iterdir())
 
 
