@@ -46,12 +46,8 @@ METHODS: dict[str, Method] = {
     "iet": Method("IET alone: shards, averaged", _OFF),
     "iet_agc": Method("IET-AGC: shards and skipping", _AGC),
     "iet_agc_msr": Method("IET-AGC with MSR, no TAA", _AGC | {"msr": True}),
-    "iet_agc_taa": Method("IET-AGC with TAA, no MSR", _AGC_TAA, **_PLUS),
     "iet_agc_plus": Method("IET-AGC+, preset corrected", _ALL, **_PLUS),
     "iet_agc_plus_paper": Method("IET-AGC+, preset paper", _ALL | {"preset": "paper"}, **_PLUS),
-    "iet_agc_plus_outer": Method(
-        "IET-AGC+ with outer momentum 0.5", _ALL | {"outer_momentum": 0.5}, **_PLUS
-    ),
     "iet_agc_plus_colour": Method(
         "IET-AGC+, augmenting by colour operations alone, which leave no marks",
         _ALL,
@@ -119,12 +115,6 @@ METHODS: dict[str, Method] = {
         swap="random_skip",
         **_PLAIN,
     ),
-    "random_exchange": Method(
-        "IET-AGC+, moving as many samples as MSR would, at random",
-        _ALL,
-        swap="random_exchange",
-        **_PLUS,
-    ),
     "random_exchange_gentle": Method(
         "IET-AGC+, so augmented, moving as many samples as MSR would, at random",
         _ALL | _GENTLE,
@@ -134,18 +124,6 @@ METHODS: dict[str, Method] = {
         "AGC and TAA, so augmented, strengths dealt out at random within a batch, one model",
         _AGC_TAA | _GENTLE,
         swap="shuffled_taa",
-        **_PLAIN,
-    ),
-    "shuffled_taa": Method(
-        "AGC and TAA, one model, strengths dealt out at random within a batch",
-        _AGC_TAA,
-        swap="shuffled_taa",
-        **_PLAIN,
-    ),
-    "constant_taa": Method(
-        "AGC, and every kept sample augmented at TAA's mean strength, one model",
-        _AGC_TAA,
-        swap="constant_taa",
         **_PLAIN,
     ),
 }

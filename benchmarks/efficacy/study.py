@@ -28,7 +28,6 @@ RATES = {
     ("full", "iet_agc_plus"): (1e-4, 2e-4, 4e-4),
     ("lora", "plain"): (5e-4, 1e-3, 2e-3),
     ("lora", "iet"): (5e-4, 1e-3, 2e-3),
-    ("lora", "iet_agc_plus"): (5e-4, 1e-3, 2e-3),
 }
 DEFAULT_RATE = {key: rates[1] for key, rates in RATES.items()}
 
@@ -88,14 +87,19 @@ Rate = Callable[[str, str], float]
 """The learning rate of a training mode and method, from what is known so far."""
 
 
+def tuned_as(method: str, shards: int, times: int = 1) -> str:
+    """The method whose tuning says a cell's rate.
+
+    With as many updates for each proxy, a proxy trains as plain does; so does K = 1.
+    """
+    return "plain" if shards in (1, times) else METHODS[method].tuned_as
+
+
 def make(rate: Rate, setting: str, mode: str, method: str, seed: int, **more: Any) -> Cell:
     """A cell with the method's own K and rate, unless given."""
     shards = more.pop("num_shards", METHODS[method].num_shards)
-    # With as many updates for each proxy, a proxy trains as plain does; so does K = 1.
-    tuned_as = METHODS[method].tuned_as
-    if shards == 1 or more.get("times", 1) == shards:
-        tuned_as = "plain"
-    return Cell(setting, mode, method, rate(mode, tuned_as), seed, shards, **more)
+    learning_rate = rate(mode, tuned_as(method, shards, more.get("times", 1)))
+    return Cell(setting, mode, method, learning_rate, seed, shards, **more)
 
 
 def tuning(mode: str, method: str) -> list[Cell]:
@@ -107,27 +111,14 @@ def tuning(mode: str, method: str) -> list[Cell]:
 
 MAIN = (
     *("plain", "iet_agc_plus", "iet", "iet_agc", "iet_agc_plus_colour"),
-    *("agc", "ema", "agc_taa"),
-)
-PARTS = (
-    "iet_agc_taa",
-    "iet_agc_msr",
-    "iet_agc_plus_paper",
-    "weight_decay",
-    "random_skip",
-    "agc_random_skip",
-    "shuffled_taa",
-    "constant_taa",
-    "random_exchange",
-    "iet_agc_plus_outer",
+    *("agc", "ema", "agc_taa", "iet_agc_plus_paper"),
 )
 
 GOAL = ("plain", "agc_taa_gentle")
 FULL_METHOD = "iet_agc_plus_gentle"
 WHY_NOT = ("agc_taa_whole_pixel", "agc")
-OFTEN = ("plain", "agc", "agc_taa_gentle", "agc_calibrated")
-BEYOND = ("plain", "agc_taa_gentle", "iet", "iet_agc_plus_gentle", "ema", "agc")
-CONTROLS = ("constant_gentle", "iet_agc_plus_gentle", "agc_random_skip", "iet")
+OFTEN = ("plain", "agc", "agc_taa_gentle")
+CONTROLS = ("agc_calibrated", "constant_gentle", "iet_agc_plus_gentle", "agc_random_skip", "iet")
 WITHOUT = (
     *("iet", "iet_agc_plus_gentle", "taa_gentle", "agc_random_skip"),
     *("iet_agc", "iet_agc_taa_gentle", "agc_taa_gentle_ema", "ema"),
@@ -138,32 +129,19 @@ TRIED = ("agc_calibrated", "constant_gentle", "agc_calibrated_taa_gentle", "agc_
 
 
 def first(rate: Rate) -> Iterator[Cell]:
-    """``fluent``, all weights: rates, then the main methods, their parts, and controls."""
+    """``fluent``, all weights: rates, then the main methods, as the paper has them and less."""
     # In turns, so that there is a first comparison, on the tuning seed, after two cells.
     plain, iet, plus = (tuning("full", method) for method in ("plain", "iet", "iet_agc_plus"))
-    yield from (plain[0], plus[0], plus[1], plain[1], plain[2], iet[0], iet[1])
-    cell = lambda method, seed, **more: make(rate, "fluent", "full", method, seed, **more)  # noqa: E731
-    yield from (cell(method, 0) for method in MAIN)
-    yield from (iet[2], plus[2])
-    yield from (cell(method, seed) for seed in SEEDS for method in MAIN)
-    yield from (cell(method, 0) for method in PARTS)
-    for method in ("iet", "iet_agc_plus"):
-        yield cell(method, 0, times=4)
-    yield from (cell(method, seed) for seed in SEEDS for method in PARTS)
-    yield from (cell(method, seed, times=4) for seed in SEEDS for method in ("iet", "iet_agc_plus"))
+    yield from (plain[0], plus[0], plus[1], plain[1], plain[2], *iet, plus[2])
+    yield from (make(rate, "fluent", "full", method, SEEDS[0]) for method in MAIN)
 
 
 def beyond(rate: Rate) -> Iterator[Cell]:
     """Beyond the paper: where some images are often, where none is, and what was tried once."""
     cell = lambda setting, method, seed: make(rate, setting, "full", method, seed)  # noqa: E731
-    yield from (cell("duplicated", method, SEEDS[0]) for method in OFTEN)
-    yield from (cell("duplicated", method, seed) for seed in SEEDS for method in OFTEN[:3])
-    yield cell("fluent", "agc_taa_gentle", SEEDS[0])
-    yield from (cell("duplicated", method, SEEDS[0]) for method in CONTROLS)
-    yield from (cell("fluent", method, SEEDS[0]) for method in BEYOND)
     for seed in SEEDS:
         yield from (cell("duplicated", method, seed) for method in OFTEN)
-        yield from (cell("fluent", method, seed) for method in BEYOND)
+    yield from (cell("duplicated", method, SEEDS[0]) for method in CONTROLS)
     yield from (cell("fluent", method, SEEDS[0]) for method in TRIED)
 
 
@@ -179,6 +157,8 @@ def goal(rate: Rate) -> Iterator[Cell]:
     yield from (make(rate, "twemoji", "full", method, SEEDS[0]) for method in WHY_NOT)
     for seed, setting in product(SEEDS, SETTINGS):
         yield from (make(rate, setting, "lora", method, seed) for method in GOAL)
+    for seed, setting in product(SEEDS, SETTINGS):
+        yield make(rate, setting, "full", "agc", seed)
 
 
 def stricter(rate: Rate) -> Iterator[Cell]:
@@ -200,26 +180,26 @@ def parts(rate: Rate) -> Iterator[Cell]:
     yield from (cell(method) for method in WITHOUT[4:])
 
 
-def settings(rate: Rate) -> Iterator[Cell]:
-    """The main methods on the other data, and as LoRA, by seeds."""
-    places = [("duplicated", "full"), ("twemoji", "full"), ("fluent", "lora")]
-    for seed in SEEDS:
-        for setting, mode in places:
-            if mode == "lora" and seed == SEEDS[0]:
-                yield from tuning(mode, "iet_agc_plus")
-                yield from tuning(mode, "iet")
-            yield from (make(rate, setting, mode, method, seed) for method in MAIN)
+def lora(rate: Rate) -> Iterator[Cell]:
+    """The winner with the higher threshold and the whole method, as LoRA on all data."""
+    yield from tuning("lora", "iet")
+    flags = (("agc_threshold", 0.9),)
+    for setting in SETTINGS:
+        yield make(rate, setting, "lora", "agc_taa_gentle", SEEDS[0], flags=flags)
+        yield make(rate, setting, "lora", FULL_METHOD, SEEDS[0])
 
 
 def sweeps(rate: Rate) -> Iterator[Cell]:
-    """Settings of the winner, on ``fluent``, all weights: K, threshold, bins, augmentation."""
-    cell = lambda *given, **more: make(rate, "fluent", "full", *given, **more)  # noqa: E731
-    settings = [("agc_threshold", each) for each in (0.9, 0.65, 0.5)]
-    settings += [("taa_magnitude", 10.0), ("taa_min_strength", 0.3)]
-    settings += [("bank_bins", each) for each in (10, 1000)]
-    for seed in SEEDS:
-        yield from (cell("agc_taa_gentle", seed, flags=(each,)) for each in settings)
-        yield from (cell("iet_agc_plus_gentle", seed, num_shards=shards) for shards in (2, 4, 8))
+    """Settings one at a time, on ``fluent``, all weights: K of the whole method, and how proxies
+    are averaged; threshold, bins and augmentation of the winner."""
+    cell = lambda *given, **more: make(rate, "fluent", "full", *given, SEEDS[0], **more)  # noqa: E731
+    yield from (cell(FULL_METHOD, num_shards=shards) for shards in (8, 2))
+    settings = (("bank_bins", 10), ("agc_threshold", 0.5), ("bank_bins", 1000))
+    yield from (cell("agc_taa_gentle", flags=(each,)) for each in settings)
+    yield cell(FULL_METHOD, flags=(("outer_momentum", 0.5),))
+    settings = (("taa_magnitude", 10.0), ("agc_threshold", 0.65), ("agc_threshold", 0.9))
+    yield from (cell("agc_taa_gentle", flags=(each,)) for each in settings)
+    yield cell(FULL_METHOD, times=4)
 
 
 STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
@@ -228,8 +208,8 @@ STUDIES: dict[str, Callable[[Rate], Iterator[Cell]]] = {
     "goal": goal,
     "stricter": stricter,
     "parts": parts,
-    "settings": settings,
     "sweeps": sweeps,
+    "lora": lora,
 }
 
 
