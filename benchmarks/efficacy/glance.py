@@ -1,8 +1,8 @@
-"""All methods against early stopping at equal quality, and against plain fine-tuning that has spent
-as much, of each that may be spent: a table each."""
+"""All methods against plain fine-tuning: the goal, a line each, and tables of every comparison."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from benchmarks.efficacy.analysis import LEVELS, AtBudget, Comparison, Level, verdict
 from benchmarks.efficacy.methods import METHODS
@@ -23,71 +23,114 @@ GOAL = 0.467
 """The paper's reduction."""
 
 
-def at_a_glance(places: Sequence[Place]) -> str:
-    """The tables, where there is anything to compare."""
-    if not any(place.paired for place in places):
-        return ""
+class Goal(NamedTuple):
+    """A method that was run on all data, and whether it reaches the goal on each."""
+
+    mode: str
+    label: str
+    places: tuple[Place, ...]
+
+    @property
+    def reached_by(self) -> tuple[bool, ...]:
+        """One for each place."""
+        return tuple(reaches(place, self.label) for place in self.places)
+
+    @property
+    def is_reached(self) -> bool:
+        """On all."""
+        return all(self.reached_by)
+
+
+def goals(places: Sequence[Place]) -> list[Goal]:
+    """In each mode the methods that there are on all data."""
+    there = {(place.mode, place.setting): place for place in places}
+    found = []
+    for mode in ("full", "lora"):
+        of = [there[mode, setting] for setting in SETTINGS if (mode, setting) in there]
+        labels = of[0].paired if len(of) == len(SETTINGS) else {}
+        found += [
+            Goal(mode, label, tuple(of))
+            for label in labels
+            if all(label in place.paired for place in of)
+        ]
+    return found
+
+
+def reaches(place: Place, label: str) -> bool:
+    """Whether a method reaches the goal here, both clauses of it."""
+    end, comparison = (
+        place.at_budget(label, "excess", "heldout_loss"),
+        place.compare(label, "excess"),
+    )
+    is_less = end.reduction is not None and end.reduction.value >= GOAL
+    is_gain = comparison is not None and comparison.area.low > 0
+    return is_less and end.better.high >= 0 and is_gain
+
+
+def goal_table(found: Sequence[Goal]) -> str:
+    """Whether they do, and by what numbers."""
+    head = ["weights", "method", "n", *SETTINGS, "reached"]
+    rows = [head, ["---"] * len(head)]
+    for each in found:
+        seeds = ", ".join(str(len(place.seeds(each.label))) for place in each.places)
+        said = (_two_numbers(place, each.label) for place in each.places)
+        rows.append([each.mode, each.label, seeds, *said, "yes" if each.is_reached else "no"])
+    return as_table(rows)
+
+
+def _two_numbers(place: Place, label: str) -> str:
+    end, comparison = (
+        place.at_budget(label, "excess", "heldout_loss"),
+        place.compare(label, "excess"),
+    )
+    parts = [interval(end.reduction, "{:.0%}") if end.reduction else "nothing to take a share of"]
+    parts.append(interval(comparison.area, "{:+.4f}") if comparison else "never better")
+    parts += [f"worse {TITLES[quality]}" for quality in worse_at_equal_updates(place, label)]
+    return "; ".join(parts)
+
+
+def worse_at_equal_updates(place: Place, label: str) -> list[str]:
+    """The measures of quality by which a method is surely worse than plain."""
+    ends = {quality: place.at_budget(label, "excess", quality) for quality in QUALITIES}
+    return [quality for quality, end in ends.items() if end.better.high < 0]
+
+
+def lines(places: Sequence[Place]) -> str:
+    """A line a method and place, none left out."""
+    head = ["memorizes less, at equal updates", "at equal samples trained", "at equal compute"]
+    head += ["at equal updates, quality", "memorizes less, at equal held-out loss"]
+    head += ["at equal KID (edges)"]
+    return _table(places, head, _line, what_it_is=False)
+
+
+def _line(place: Place, label: str) -> list[str]:
+    spent = [place.at_budget(label, "excess", "heldout_loss", budget) for budget in BUDGETS]
+    ends = {quality: place.at_budget(label, "excess", quality) for quality in QUALITIES}
+    loss, edges = (place.compare(label, "excess", quality) for quality in QUALITIES[:2])
+    return [
+        *(interval(end.reduction, "{:.0%}") if end.reduction else "" for end in spent),
+        _quality(ends),
+        *(
+            f"**{verdict(each.area)}**: {interval(each.area, form)}" if each else "never better"
+            for each, form in ((loss, "{:+.4f}"), (edges, "{:+.3f}"))
+        ),
+    ]
+
+
+def equal_quality_table(places: Sequence[Place]) -> str:
+    """Against early stopping."""
     at, whole = (f"{LEVELS[level]:.0%}" for level in (HEADLINE, -1))
-    text = "## At a glance\n\nExcess similarity (pixels), in brackets 95 % intervals.\n\n"
-    text += _goal(places)
-    text += "### Against early stopping, at equal quality\n\n"
-    text += "As a share of what plain has, where that is surely above 0.\n\n"
     head = [f"less at {at} of the gain in {TITLES[q]}" for q in QUALITIES]
     head.insert(1, f"at {whole} of it")
     head.insert(2, MEAN_OF_LEVELS)
-    text += _table(places, [*head, "best held-out loss is lower by"], _at_equal_quality)
-    text += "\n### Against plain fine-tuning that has spent as much\n\n"
-    text += (
-        "As the paper compares, by updates; and by samples trained and by compute (FLOP of UNet "
-        "and VAE in training, counted), each where the one that spends less in all is at its end. "
-        "*Equal quality*: by no measure is the method surely worse than plain. The paper's "
-        f"reduction is {GOAL:.1%}.\n"
-    )
+    return _table(places, [*head, "best held-out loss is lower by"], _at_equal_quality)
+
+
+def budget_table(places: Sequence[Place], budget: str) -> str:
+    """Against plain fine-tuning that has spent as much, of one of `tables.BUDGETS`."""
     head = ["updates: plain, method", "plain", "the method", "reduction"]
     head += [*(f"{TITLES[q]} is lower by" for q in QUALITIES), "in short"]
-    for budget, title in BUDGETS.items():
-        text += f"\n#### {title[0].upper()}{title[1:]}\n\n"
-        text += _table(places, head, partial(_at_equal_budget, budget=budget))
-    return text
-
-
-def _goal(places: Sequence[Place]) -> str:
-    """Whether a method reaches the goal, of those that there are on all data in a mode."""
-    there = {(place.mode, place.setting): place for place in places}
-    rows = []
-    for mode in ("full", "lora"):
-        found = [there[mode, setting] for setting in SETTINGS if (mode, setting) in there]
-        if len(found) < len(SETTINGS):
-            continue
-        for label in found[0].paired:
-            if all(label in place.paired for place in found):
-                seeds = [str(len(set(p.plain) & set(p.others[label]))) for p in found]
-                reached, said = zip(*(_reaches(place, label) for place in found), strict=True)
-                word = "yes" if all(reached) else "no"
-                rows.append([mode, label, ", ".join(seeds), *said, word])
-    if not rows:
-        return ""
-    head = ["weights", "method", "n", *SETTINGS, "reached"]
-    return (
-        "### The goal\n\n"
-        f"At least {GOAL:.1%} less than plain fine-tuning of as many updates, at a held-out loss "
-        "that is no worse, and less than early stopping at equal held-out loss: by the "
-        f"{MEAN_OF_LEVELS} of the gain, with an interval that leaves out 0. On all three data "
-        "sets. For each first the one, then the other, and by which KID it is surely worse than "
-        "plain, if any.\n\n" + as_table([head, ["---"] * len(head), *rows]) + "\n"
-    )
-
-
-def _reaches(place: Place, label: str) -> tuple[bool, str]:
-    """Whether a method does here, and its two numbers."""
-    ends = {q: place.at_budget(label, "excess", q) for q in QUALITIES}
-    end, comparison = ends["heldout_loss"], place.compare(label, "excess")
-    less = end.reduction is not None and end.reduction.value >= GOAL
-    reached = less and end.better.high >= 0 and comparison and comparison.area.low > 0
-    parts = [interval(end.reduction, "{:.0%}") if end.reduction else "nothing to take a share of"]
-    parts.append(interval(comparison.area, "{:+.4f}") if comparison else "never better")
-    parts += [f"worse {TITLES[q]}" for q, each in ends.items() if each.better.high < 0]
-    return bool(reached), "; ".join(parts)
+    return _table(places, head, partial(_at_equal_budget, budget=budget))
 
 
 def in_short(comparison: Comparison | None, at: int = HEADLINE) -> str:
@@ -105,15 +148,18 @@ def less_by(level: Level) -> str:
 
 
 def _table(
-    places: Sequence[Place], head: Sequence[str], cells: Callable[[Place, str], list[str]]
+    places: Sequence[Place],
+    head: Sequence[str],
+    cells: Callable[[Place, str], list[str]],
+    what_it_is: bool = True,
 ) -> str:
-    rows = [["data", "method", "what it is", "n", *head]]
+    rows = [["data", "method", *(["what it is"] if what_it_is else []), "n", *head]]
     rows.append(["---"] * len(rows[0]))
     for place in places:
         for label, runs in place.paired.items():
             what = METHODS[next(iter(runs.values())).cell.method].text
-            about = [f"{place.setting}, {place.mode}", label, what]
-            rows.append([*about, str(len(set(runs) & set(place.plain))), *cells(place, label)])
+            about = [f"{place.setting}, {place.mode}", label, *([what] if what_it_is else [])]
+            rows.append([*about, str(len(place.seeds(label))), *cells(place, label)])
     return as_table(rows)
 
 

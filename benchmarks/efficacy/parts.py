@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks.efficacy.analysis import AtBudget, verdict
-from benchmarks.efficacy.glance import in_short
+from benchmarks.efficacy.analysis import AtBudget, Comparison, verdict
+from benchmarks.efficacy.glance import QUALITIES, in_short
 from benchmarks.efficacy.places import Place
-from benchmarks.efficacy.tables import as_table, interval
+from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, interval
 
 
 class Part(NamedTuple):
@@ -33,6 +33,7 @@ PARTS = (
     Part("AGC's choice in shards, and not as many at random", "iet_agc", "random_skip"),
     Part("TAA in shards", "iet_agc_taa_gentle", "iet_agc"),
     Part("MSR", "iet_agc_plus_gentle", "iet_agc_taa_gentle"),
+    Part("MSR without TAA", "iet_agc_msr", "iet_agc"),
     Part("MSR's choice, and not others", "iet_agc_plus_gentle", "random_exchange_gentle"),
     Part("IET and MSR beside AGC and TAA", "iet_agc_plus_gentle", "agc_taa_gentle"),
     Part("EMA", "ema", "plain"),
@@ -40,66 +41,126 @@ PARTS = (
     Part("dropout 0.1", "dropout", "plain"),
     Part("weight decay 1, and not 0.01", "weight_decay", "plain"),
 )
-_HEAD = (
-    *("what", "data", "method", "and without it", "n"),
-    *("excess there", "less, at equal updates", "held-out loss is lower by"),
-    *("KID (edges) is lower by", "less, at equal held-out loss", "at the best of it"),
-    "less, at equal KID (edges)",
+HELPS, TRADES, LESS, NOTHING, MORE, HURTS = WORDS = (
+    "helps",
+    "trades",
+    "does what training less does",
+    "nothing shown",
+    "does what training longer does",
+    "hurts",
 )
+"""Less or more at equal held-out loss, by the mean of its levels, and a trade where a KID at equal
+updates is surely worse with less or better with more, as spoilt pictures resemble none; where
+neither is shown, less or more at equal updates; or none of this."""
 
 
-def part_by_part(places: Sequence[Place]) -> str:
-    """The table, where there is anything to compare."""
-    rows = [
-        [part.text, f"{place.setting}, {place.mode}", *_row(part, place)]
-        for part, place in _found(places)
+class Finding(NamedTuple):
+    """What a part does at a place."""
+
+    part: Part
+    place: Place
+    """With the one method, and the other as what it is compared with."""
+
+    @property
+    def end(self) -> AtBudget:
+        """At equal updates."""
+        return self.place.at_budget(self.part.there, "excess", "heldout_loss")
+
+    @property
+    def loss(self) -> Comparison | None:
+        """At equal held-out loss."""
+        return self.place.compare(self.part.there, "excess")
+
+    @property
+    def number(self) -> int:
+        """Of seeds that both methods have."""
+        return len(self.place.seeds(self.part.there))
+
+    @property
+    def word(self) -> str:
+        """One of `WORDS`."""
+        said = verdict(self.loss.area) if self.loss else ""
+        kids = [
+            self.place.at_budget(self.part.there, "excess", kid).better for kid in QUALITIES[1:]
+        ]
+        if said == "less":
+            return TRADES if any(kid.high < 0 for kid in kids) else HELPS
+        if said == "more":
+            return TRADES if any(kid.low > 0 for kid in kids) else HURTS
+        return _AT_EQUAL_UPDATES[verdict(self.end.difference)]
+
+
+_AT_EQUAL_UPDATES = {"less": LESS, "more": MORE, "no difference shown": NOTHING}
+
+
+def findings(places: Sequence[Place]) -> list[Finding]:
+    """Of each part, then of each setting that was varied: where both methods have been run."""
+    return [
+        Finding(part, Place(place.setting, place.mode, instead, {part.there: there}))
+        for part in (*PARTS, *_varied(places))
+        for place in places
+        for there, instead in [[place.methods.get(label, {}) for label in part[1:]]]
+        if set(there) & set(instead)
     ]
-    if not rows:
-        return ""
-    return (
-        "\n## Part by part\n\nEach row is a method against the same one without a part, or with a "
-        "control in its place that has the part's rates and not its choice of samples; the last "
-        "ones are of other settings. Excess similarity (pixels) at the end of training, first "
-        "without the part; *less* and *more* as above, and the best of a quality is that which "
-        "both reach.\n\n"
-        f"{as_table([list(_HEAD), ['---'] * len(_HEAD), *rows])}"
-    )
 
 
-def _found(places: Sequence[Place]) -> Iterator[tuple[Part, Place]]:
-    """Each part, and a place of its two methods alone: the one without it as what is compared
-    with."""
-    for part in (*PARTS, *_settings(places)):
-        for place in places:
-            there, instead = (place.methods.get(label, {}) for label in part[1:])
-            if set(there) & set(instead):
-                yield part, Place(place.setting, place.mode, instead, {part.there: there})
-
-
-def _settings(places: Sequence[Place]) -> list[Part]:
-    """Of methods that were run with other settings too."""
+def _varied(places: Sequence[Place]) -> Iterator[Part]:
+    """Methods that were run with other settings too."""
     labels = dict.fromkeys(label for place in places for label in place.others if "," in label)
-    return [
-        Part(setting, label, method)
-        for label in labels
-        for method, setting in [label.split(", ", 1)]
+    for label in labels:
+        method, setting = label.split(", ", 1)
+        yield Part(setting, label, method)
+
+
+def parts_table(found: Sequence[Finding]) -> str:
+    """What each does, in a word and three numbers."""
+    head = ["what", "in", "data", "n", "memorizes less, at equal updates", "held-out loss lower by"]
+    head += ["memorizes less, at equal held-out loss", "in short"]
+    rows = [
+        [
+            *(each.part.text, _method(each.part), f"{each.place.setting}, {each.place.mode}"),
+            str(each.number),
+            _share(each.end),
+            interval(each.end.better, "{:+.4f}"),
+            interval(each.loss.area, "{:+.4f}") if each.loss else "never better",
+            f"**{each.word}**" if each.word in (HELPS, HURTS) else each.word,
+        ]
+        for each in found
     ]
+    return as_table([head, ["---"] * len(head), *rows])
 
 
-def _row(part: Part, place: Place) -> list[str]:
-    end, edges = (place.at_budget(part.there, "excess", q) for q in ("heldout_loss", "kid_edges"))
-    loss, kid = (place.compare(part.there, "excess", q) for q in ("heldout_loss", "kid_edges"))
-    seeds = set(place.plain) & set(place.others[part.there])
-    return [
-        *(part.there, part.instead, str(len(seeds))),
-        f"{end.first.value:+.3f}, {end.second.value:+.3f}",
-        _at_end(end),
-        interval(end.better, "{:+.4f}"),
-        interval(edges.better, "{:+.3f}"),
-        *(in_short(loss), in_short(loss, at=-1), in_short(kid)),
-    ]
+def numbers_table(found: Sequence[Finding]) -> str:
+    """The same with all numbers, at equal KID too."""
+    head = ["what", "data", "method", "and without it", "n", "excess there: without, with"]
+    head += ["less, at equal updates", "held-out loss is lower by", "KID (edges) is lower by"]
+    head += ["less, at 95% of the gain in held-out loss", "at the best of it", MEAN_OF_LEVELS]
+    head += ["less, at equal KID (edges)"]
+    rows = []
+    for each in found:
+        there = each.part.there
+        edges = each.place.at_budget(there, "excess", "kid_edges")
+        rows.append(
+            [
+                *(each.part.text, f"{each.place.setting}, {each.place.mode}", *each.part[1:]),
+                str(each.number),
+                f"{each.end.first.value:+.3f}, {each.end.second.value:+.3f}",
+                f"**{verdict(each.end.difference)}**: {_share(each.end)}",
+                interval(each.end.better, "{:+.4f}"),
+                interval(edges.better, "{:+.3f}"),
+                *(in_short(each.loss), in_short(each.loss, at=-1)),
+                interval(each.loss.area, "{:+.4f}") if each.loss else "",
+                in_short(each.place.compare(there, "excess", "kid_edges")),
+            ]
+        )
+    return as_table([head, ["---"] * len(head), *rows])
 
 
-def _at_end(end: AtBudget) -> str:
+def _method(part: Part) -> str:
+    """The method that has it, without the setting that ``text`` names."""
+    return part.there.removesuffix(f", {part.text}")
+
+
+def _share(end: AtBudget) -> str:
     share = f", {interval(end.reduction, '{:.0%}')} of it" if end.reduction else ""
-    return f"**{verdict(end.difference)}**: {interval(end.difference, '{:+.3f}')}{share}"
+    return f"{interval(end.difference, '{:+.3f}')}{share}"

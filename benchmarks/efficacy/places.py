@@ -8,8 +8,7 @@ from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, compare
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
-from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, STUDIES, Cell
-from benchmarks.efficacy.study import cells as cells_of
+from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, Cell, tuned_as
 from benchmarks.efficacy.tables import Seeds, curves_of, scalar
 
 Methods = dict[str, Seeds]
@@ -18,7 +17,7 @@ Results = Mapping[Cell, Result]
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """Methods, and plain fine-tuning of the same data; each comparison at equal quality is kept."""
+    """Methods, and plain fine-tuning of the same data; each comparison is made once."""
 
     setting: str
     mode: str
@@ -26,6 +25,7 @@ class Place:
     others: Methods
     """By label."""
     _found: dict[tuple[str, ...], Comparison | None] = field(default_factory=dict)
+    _spent: dict[tuple[str, ...], AtBudget] = field(default_factory=dict)
 
     @property
     def methods(self) -> Methods:
@@ -35,7 +35,7 @@ class Place:
     @property
     def paired(self) -> Methods:
         """Those that have a seed in common with plain."""
-        return {label: runs for label, runs in self.others.items() if set(runs) & set(self.plain)}
+        return {label: runs for label, runs in self.others.items() if self.seeds(label)}
 
     def compare(self, label: str, measure: str, quality: str = "heldout_loss") -> Comparison | None:
         """At equal quality; see `analysis.compare`."""
@@ -49,10 +49,19 @@ class Place:
         self, label: str, measure: str, quality: str, budget: str = "updates"
     ) -> AtBudget:
         """Where as much is spent, of one of `tables.BUDGETS`; see `analysis.at_budget`."""
-        pair = self.plain, self.others[label]
-        seeds = set(pair[0]) & set(pair[1])
-        spent = [scalar({seed: runs[seed] for seed in seeds}, budget) for runs in pair]
-        return at_budget(*(curves_of(runs, measure, quality) for runs in pair), spent)
+        key = label, measure, quality, budget
+        if key not in self._spent:
+            pair = self.plain, self.others[label]
+            spent = [
+                scalar({seed: runs[seed] for seed in self.seeds(label)}, budget) for runs in pair
+            ]
+            curves = (curves_of(runs, measure, quality) for runs in pair)
+            self._spent[key] = at_budget(*curves, spent)
+        return self._spent[key]
+
+    def seeds(self, label: str) -> list[int]:
+        """Those that a method and plain have."""
+        return sorted(set(self.plain) & set(self.others[label]))
 
 
 def places(known: Results) -> list[Place]:
@@ -72,17 +81,13 @@ def rate_of(known: Results, mode: str, method: str) -> float:
 
 
 def by_method(known: Results, setting: str, mode: str) -> Methods:
-    """Of the cells that the studies ask for at the rates known now: runs by label, then seed."""
-    wanted = {
-        cell: None
-        for study in STUDIES
-        for cell in cells_of(study, lambda m, method: rate_of(known, m, method))
-        if (cell.setting, cell.train_mode) == (setting, mode) and cell.seed in SEEDS
-    }
+    """Of all cells at the rates known now: runs by label, then seed."""
     found: dict[str, dict[int, Result]] = defaultdict(dict)
-    for cell in wanted:
-        if cell in known:
-            found[cell.label + age(known[cell])][cell.seed] = known[cell]
+    for cell, result in known.items():
+        is_here = (cell.setting, cell.train_mode) == (setting, mode) and cell.seed in SEEDS
+        of = tuned_as(cell.method, cell.num_shards, cell.times)
+        if is_here and cell.learning_rate == rate_of(known, mode, of):
+            found[cell.label + age(result)][cell.seed] = result
     order = {name: number for number, name in enumerate(METHODS)}
     return dict(sorted(found.items(), key=lambda item: (order[item[0].split(",")[0]], item[0])))
 

@@ -20,6 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
 from benchmarks.efficacy.protocol import Protocol
+from benchmarks.efficacy.results import closest
 from benchmarks.efficacy.settings import READ_SEED
 from iet_sd.config import DataConfig, ProbeConfig
 from iet_sd.data.sources import load_source
@@ -169,15 +170,12 @@ class StudyProbe(Probe):
         distances = nearest(views[0], self.raw_ND, k, "l2", flipped_QD=views[1]).value_QK
         found["l2_ratio"] = _list(l2_ratio(distances))
         shown = {"pictures": range(self.protocol.shown)}
-        shown["closest_pictures"] = closest(np.array(found["similarity_pixels"]), self.protocol)
+        shown["closest_pictures"] = closest(
+            np.array(found["similarity_pixels"]), self.protocol.shown
+        )
         for name, chosen in shown.items():
             found[name] = [_webp(pictures[p]).hex() for p in chosen]
         return found | {"read_seconds": time.perf_counter() - began}
-
-
-def closest(similarity_P: np.ndarray, protocol: Protocol) -> list[int]:
-    """The prompts whose pictures resemble a training image most, the closest first."""
-    return np.argsort(-similarity_P, kind="stable")[: protocol.shown].tolist()
 
 
 def _each_once(data: DataConfig, once: Path) -> DataConfig:

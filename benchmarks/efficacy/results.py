@@ -22,8 +22,8 @@ COUNTS = (
     *("forward", "backward", "encoded"),
 )
 SHOWN_SEED = 0
-"""Of the runs whose pictures are kept: the first prompts' at each reading, and of the last one those
-closest to a training image."""
+"""Of the runs whose pictures are kept: the first prompts' at each reading, and at the last one
+those closest to a training image."""
 _PICTURES = ("pictures", "closest_pictures")
 _ABOUT = b"efficacy"
 
@@ -100,6 +100,11 @@ def rows_of(
             }
         )
     return rows
+
+
+def closest(similarity_P: np.ndarray, number: int) -> list[int]:
+    """The prompts whose pictures resemble a training image most, the closest first."""
+    return np.argsort(-similarity_P, kind="stable")[:number].tolist()
 
 
 def read(path: Path) -> Result:

@@ -13,7 +13,6 @@ import pytest
 from benchmarks.efficacy import results, runner, settings, study
 from benchmarks.efficacy.methods import METHODS, Method
 from benchmarks.efficacy.protocol import ROOT, Protocol
-from benchmarks.efficacy.readings import closest
 from benchmarks.efficacy.study import Cell
 
 
@@ -85,7 +84,7 @@ def test_a_cell_has_a_row_a_reading_and_counts_up_to_it(duplicated, protocol):
     nearest = [result.about["train_ids"][i] for i in result.rows[-1]["nearest_pixels"]]
     own = [a == b for a, b in zip(nearest, result.about["prompt_ids"], strict=True)]
     assert own == result.rows[-1]["is_own_pixels"]
-    assert closest(similarity_P, replace(protocol, shown=2)) == order[:2]
+    assert results.closest(similarity_P, 2) == order[:2]
     assert not list((work / "cells").iterdir())
 
 

@@ -1,0 +1,128 @@
+"""What the study says, in sentences made of its numbers."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from benchmarks.efficacy.analysis import verdict
+from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_equal_updates
+from benchmarks.efficacy.methods import COMMANDS
+from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
+from benchmarks.efficacy.places import Place
+from benchmarks.efficacy.tables import BUDGETS, TITLES, interval
+
+_WEIGHTS = {"full": "all weights", "lora": "LoRA"}
+_ABOUT = {
+    HELPS: "**Helps**, less at equal held-out loss",
+    TRADES: "**Trades**, less at equal held-out loss with a surely worse KID, or more with a "
+    "better one: spoilt pictures resemble no training image either",
+    LESS: "**Does what training less does**: less at equal updates, no difference shown at equal "
+    "held-out loss",
+    NOTHING: "**Nothing shown**, neither less nor more",
+    MORE: "**Does what training longer does**: more at equal updates",
+    HURTS: "**Hurts**, more at equal held-out loss",
+}
+
+
+def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
+    """A list: is the goal reached, which parts help, where the best method loses, what to set."""
+    judged = goals(places)
+    points = [*_about_the_goal(judged), *_which_parts(found)]
+    if judged:
+        winner = best(judged)
+        points += [_where_it_loses(winner), _what_to_set(winner)]
+    return "\n".join(f"- {point}" for point in points) + "\n"
+
+
+def best(judged: Sequence[Goal]) -> Goal:
+    """That which reaches the goal on most data; of several, the one with most gain over early
+    stopping."""
+
+    def gain(goal: Goal) -> float:
+        compared = [place.compare(goal.label, "excess") for place in goal.places]
+        return sum(each.area.value if each else float("-inf") for each in compared)
+
+    return max(judged, key=lambda goal: (sum(goal.reached_by), gain(goal)))
+
+
+def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
+    goal = (
+        f"**The goal**, on all data sets at least {GOAL:.1%} less excess similarity than plain "
+        "fine-tuning of as many updates at a held-out loss that is no worse, and less than early "
+        "stopping at equal held-out loss"
+    )
+    if not judged:
+        return [f"{goal}: nothing has been run on all data sets yet."]
+    reached = [each for each in judged if each.is_reached]
+    missed = ", ".join(_name(each) for each in judged if not each.is_reached)
+    said = f"is reached by {', '.join(map(_name, reached))}" if reached else "is not reached"
+    points = [f"{goal}, {said}." + (f" Not by {missed}." if missed else "")]
+    for each in reached or [best(judged)]:
+        ends = [place.at_budget(each.label, "excess", "heldout_loss") for place in each.places]
+        compared = [place.compare(each.label, "excess") for place in each.places]
+        shares = (interval(end.reduction, "{:.0%}") if end.reduction else "none" for end in ends)
+        gains = (interval(c.area, "{:+.4f}") if c else "none" for c in compared)
+        plain = (f"{end.first.value:+.3f}" for end in ends)
+        seeds = (str(len(place.seeds(each.label))) for place in each.places)
+        points.append(
+            f"{_name(each)} on {_join(place.setting for place in each.places)} (n = "
+            f"{', '.join(seeds)}): {', '.join(shares)} less than plain at equal updates. At equal "
+            f"held-out loss it is {', '.join(gains)} less, where a whole plain run ends at "
+            f"{', '.join(plain)}."
+        )
+    return points
+
+
+def _which_parts(found: Sequence[Finding]) -> list[str]:
+    """A point a word: the parts, each with the data and numbers of seeds that say so."""
+    said: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for each in found:
+        # A setting is told by the method that has it too.
+        name = each.part.there if each.part.there.endswith(each.part.text) else each.part.text
+        lora = " LoRA" if each.place.mode == "lora" else ""
+        said[each.word][name].append(f"{each.place.setting}{lora} {each.number}")
+    return [
+        f"{_ABOUT[word]} (of which data, and of how many seeds): "
+        + "; ".join(f"{name} ({', '.join(where)})" for name, where in said[word].items())
+        + "."
+        for word in _ABOUT
+        if word in said
+    ]
+
+
+def _where_it_loses(goal: Goal) -> str:
+    lost = []
+    for place in goal.places:
+        worse = [TITLES[quality] for quality in worse_at_equal_updates(place, goal.label)]
+        if worse:
+            lost.append(f"worse {' and '.join(worse)} at equal updates on {place.setting}")
+        for quality in QUALITIES:
+            compared = place.compare(goal.label, "excess", quality)
+            if compared is None:
+                lost.append(
+                    f"{TITLES[quality]} on {place.setting} never better than before training"
+                )
+            elif verdict(compared.area) == "more":
+                lost.append(f"more memorized at equal {TITLES[quality]} on {place.setting}")
+        for budget, title in BUDGETS.items():
+            end = place.at_budget(goal.label, "excess", "heldout_loss", budget)
+            if end.reduction is None:
+                lost.append(f"plain has no sure excess yet with {title} on {place.setting}")
+            elif end.reduction.value < GOAL:
+                share = interval(end.reduction, "{:.0%}")
+                lost.append(f"only {share} less with {title} on {place.setting}")
+    return f"**Where {_name(goal)} loses**: {'; '.join(lost) or 'nowhere that is measured'}."
+
+
+def _what_to_set(goal: Goal) -> str:
+    command = COMMANDS.get(goal.label)
+    flags = f"`{command}`" if command else _name(goal)
+    return f"**What to set**: {flags}, and the round that `--keep_best` chooses by held-out images."
+
+
+def _name(goal: Goal) -> str:
+    return f"`{goal.label}` ({_WEIGHTS[goal.mode]})"
+
+
+def _join(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
