@@ -39,28 +39,27 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--rounds", type=int, nargs=2, default=default, help=help)
         command.add_argument("--repeats", type=int, default=repeats)
 
-    def choice(command: argparse.ArgumentParser, default: tuple[str, ...], ours: bool) -> None:
-        keys = [key for key, row in rows.ROWS.items() if not (ours and row.peer)]
-        listed = "; ".join(f"{key}: {rows.ROWS[key].title}" for key in keys)
+    def choice(command: argparse.ArgumentParser, default: tuple[str, ...]) -> None:
+        listed = "; ".join(f"{key}: {row.title}" for key, row in rows.ROWS.items())
         help = f"{listed} (default: {' '.join(default)})"
-        command.add_argument("--rows", nargs="+", choices=keys, default=default, help=help)
+        command.add_argument("--rows", nargs="+", choices=rows.ROWS, default=default, help=help)
+        command.add_argument(
+            "--diffusers_scripts",
+            type=Path,
+            metavar="FOLDER",
+            help="examples/text_to_image of a clone of diffusers, for row a",
+        )
 
     compare = command("compare", "diffusers' own scripts and ours, in turns", 8)
-    compare.add_argument(
-        "--diffusers_scripts",
-        type=Path,
-        metavar="FOLDER",
-        help="examples/text_to_image of a clone of diffusers, for row a",
-    )
     lengths(compare, (2, 6), repeats=3)
-    choice(compare, rows.COMPARED, ours=False)
+    choice(compare, rows.COMPARED)
     scaling = command("scaling", "how cost grows with images, shards and resolution", 4)
     scaling.add_argument("--factors", type=int, nargs="+", default=(1, 2, 4))
     lengths(scaling, (2, 4), repeats=1)
     profile = command("profile", "shares of a step, by part", 8)
     profile.add_argument("--rounds", type=int, default=4, help="clocked (default: %(default)s)")
     profile.add_argument("--warm_up", type=int, default=2, help="rounds before these")
-    choice(profile, rows.PROFILED, ours=True)
+    choice(profile, rows.PROFILED)
     return made
 
 
@@ -84,15 +83,14 @@ def check(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
             f"--images must be a multiple of --train_batch_size {args.train_batch_size}, so that "
             f"every batch is full; got {args.images}."
         )
-    if args.command == "profile":
-        return
-    short, long = args.rounds
-    if short % 2 or long % 2 or not 0 < short < long:
-        made.error(
-            "--rounds: two even numbers, the second larger, as proxies are averaged in every other "
-            f"round; got {short} {long}."
-        )
-    if args.command == "compare":
+    if args.command != "profile":
+        short, long = args.rounds
+        if short % 2 or long % 2 or not 0 < short < long:
+            made.error(
+                "--rounds: two even numbers, the second larger, as proxies are averaged in every "
+                f"other round; got {short} {long}."
+            )
+    if args.command != "scaling":
         try:
             for key in args.rows:
                 rows.script_of(rows.ROWS[key], args.train_mode, args.diffusers_scripts)
@@ -131,7 +129,7 @@ def measure(args: argparse.Namespace, work: Path) -> None:
     else:
         from benchmarks.throughput.parts import profiles
 
-        found = profiles(setting, args.rows, args.warm_up, args.rounds, work)
+        found = profiles(setting, args.rows, args.warm_up, args.rounds, work, bench.peers)
     write(args.output, name, *found)
 
 

@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 from benchmarks.throughput import tables
-from benchmarks.throughput.rows import ROWS, Setting, argv_of
+from benchmarks.throughput.rows import ROWS, Setting, argv_of, script_of
 from iet_sd.cli.train import train
 from iet_sd.engine.rounds import Trainer
 from iet_sd.engine.state import RoundDone
@@ -86,6 +86,11 @@ class Clock:
         self._settle()
         self.seconds.clear()
 
+    def so_far(self) -> "Clock":
+        """A clock that has what this one has now, and stands."""
+        self._settle()
+        return Clock(self.seconds.copy())
+
     def _settle(self) -> None:
         now = time.perf_counter()
         if self._under_way:
@@ -127,12 +132,7 @@ def profile(argv: Sequence[str], warm_up: int) -> Profile:
                     found.trained += sum(shard.counts.trained for shard in event.shards)
                     found.steps += sum(shard.counts.steps for shard in event.shards)
 
-    with ExitStack() as patches:
-        for part, place in PARTS:
-            owner, name, function = _find(place)
-            clocked = _clocked(function, part, found.clock)
-            patches.enter_context(mock.patch.object(owner, name, clocked))
-        patches.enter_context(mock.patch.object(Trainer, "run", clocked_run))
+    with clocked(PARTS, found.clock), mock.patch.object(Trainer, "run", clocked_run):
         try:
             status = train(argv)
         finally:
@@ -143,18 +143,41 @@ def profile(argv: Sequence[str], warm_up: int) -> Profile:
     return found
 
 
+@contextmanager
+def clocked(parts: Sequence[tuple[str, str]], clock: Clock) -> Iterator[None]:
+    """With clocks around the functions of ``parts``; see `PARTS`."""
+    with ExitStack() as patches:
+        for part, place in parts:
+            owner, name, function = _find(place)
+            patches.enter_context(mock.patch.object(owner, name, _clocked(function, part, clock)))
+        yield
+
+
 def profiles(
-    setting: Setting, rows: Sequence[str], warm_up: int, rounds: int, work: Path
+    setting: Setting,
+    rows: Sequence[str],
+    warm_up: int,
+    rounds: int,
+    work: Path,
+    peers: Path | None = None,
 ) -> tuple[str, dict[str, Any]]:
     """Rows one after the other in this process: a table in Markdown, and seconds by row and part.
 
-    ``rounds`` are clocked, after ``warm_up``.
+    ``rounds`` are clocked, after ``warm_up``. ``peers``: the folder of diffusers' scripts.
     """
+    from benchmarks.throughput.peer_parts import peer_profile
+
     found = {}
     for key in (bar := tqdm(rows)):
         bar.set_description(f"Row {key}")
-        argv = argv_of(ROWS[key], setting, warm_up + rounds, work / key, work / "cache" / key)
-        found[key] = profile(argv, warm_up)
+        row = ROWS[key]
+        argv = argv_of(row, setting, warm_up + rounds, work / key, work / "cache" / key)
+        if row.peer:
+            script = script_of(row, setting.train_mode, peers)
+            steps = setting.updates(rounds)
+            found[key] = peer_profile(script, argv, setting.updates(warm_up), steps, setting.batch)
+        else:
+            found[key] = profile(argv, warm_up)
     record = {
         key: {"seconds": dict(p.clock.seconds), "trained": p.trained, "steps": p.steps}
         for key, p in found.items()

@@ -72,7 +72,7 @@ ROWS = {
 }
 COMPARED = ("a", "b", "b_off", "c", "d", "d_kept", "e")
 SCALED = ("b", "d")
-PROFILED = ("b", "c", "d", "e")
+PROFILED = ("a", "b", "c", "d", "e")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ from benchmarks.throughput.arithmetic import (
 )
 from benchmarks.throughput.compare import compare, summary
 from benchmarks.throughput.measure import Bench, plain_counts, read_rounds
+from benchmarks.throughput.peer_parts import PEER_PARTS, peer_profile
 from benchmarks.throughput.pipeline import (
     SD15_TFLOP,
     build_images,
@@ -368,6 +369,81 @@ def test_a_profile_of_a_short_run(argv):
     assert shares["backward"] > shares["method"]
     text = parts.table({"d": found})
     assert f"| backward | {shares['backward']:.1%} |" in text
+
+
+# What diffusers' script does in a step, with seconds that pass before, in the loop, and after it.
+STAND_IN = """
+import sys
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel
+
+from benchmarks.throughput import parts
+
+model, steps = sys.argv[1], int(sys.argv[2])
+vae = AutoencoderKL.from_pretrained(model, subfolder="vae")
+text_encoder = CLIPTextModel.from_pretrained(model, subfolder="text_encoder")
+unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+scheduler = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+accelerator = Accelerator(cpu=True)
+optimizer = torch.optim.AdamW(unet.parameters())
+unet, optimizer, loader, lr_scheduler = accelerator.prepare(
+    unet,
+    optimizer,
+    torch.utils.data.DataLoader(torch.zeros(2 * steps, 3, 32, 32), batch_size=2),
+    torch.optim.lr_scheduler.ConstantLR(optimizer),
+)
+parts.time.pass_("before", 100)
+for pixels in loader:
+    latents = vae.encode(pixels).latent_dist.sample()
+    timesteps = torch.zeros(2, dtype=torch.int64)
+    noisy = scheduler.add_noise(latents, torch.randn_like(latents), timesteps)
+    states = text_encoder(torch.zeros(2, 16, dtype=torch.int64), return_dict=False)[0]
+    loss = torch.nn.functional.mse_loss(unet(noisy, timesteps, states).sample, latents)
+    accelerator.gather(loss)
+    accelerator.backward(loss)
+    accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+    parts.time.pass_("in the loop", 3)
+    optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    accelerator.log({"loss": loss.item()})
+parts.time.pass_("after", 1000)
+"""
+
+
+class FakeTime:
+    """Seconds that pass when it is said so, and one in every part's every turn."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def pass_(self, _, seconds):
+        self.now += seconds
+
+    def perf_counter(self):
+        self.now += 1.0
+        return self.now
+
+
+def test_a_profile_of_the_peer_is_of_its_steps_alone(pipelines, tmp_path, monkeypatch):
+    before = {place: parts._find(place)[2] for _, place in PEER_PARTS}
+    monkeypatch.setattr(parts, "time", FakeTime())
+    script = tmp_path / rows.PEERS["full"]
+    script.write_text(STAND_IN)
+    found = peer_profile(script, [str(pipelines["sd1"]), "5"], warm_up=2, steps=3, batch_size=2)
+    assert {place: parts._find(place)[2] for _, place in PEER_PARTS} == before
+    assert (found.steps, found.trained) == (3, 6)
+    seconds = found.clock.seconds
+    # 3 in the loop in each of 3 steps; nothing of before and after.
+    assert 9 <= seconds[parts.REST] < 9 + 100
+    assert {part for part in seconds if seconds[part]} == {part for part, _ in PEER_PARTS} | {
+        parts.REST
+    }
+    # One encoding and one latent a step, a second each.
+    assert seconds["VAE, latents"] == 3 * 2
+    assert seconds["text"] == seconds[parts.UNET] == seconds["backward"] == 3
 
 
 def test_pictures_are_of_the_size_and_captioned(tmp_path):
