@@ -8,8 +8,10 @@ from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_eq
 from benchmarks.efficacy.methods import COMMANDS
 from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
 from benchmarks.efficacy.places import Place
-from benchmarks.efficacy.tables import BUDGETS, TITLES, interval
+from benchmarks.efficacy.tables import BUDGETS, MEASURES, TITLES, interval
 
+SIGNS = ("p95", "excess_edges", "own", "gap")
+"""Of `tables.MEASURES`, beside the mean excess by pixels."""
 _WEIGHTS = {"full": "all weights", "lora": "LoRA"}
 _ABOUT = {
     HELPS: "**Helps**, less at equal held-out loss",
@@ -29,7 +31,7 @@ def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
     points = [*_about_the_goal(judged), *_which_parts(found)]
     if judged:
         winner = best(judged)
-        points += [_where_it_loses(winner), _what_to_set(winner)]
+        points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]
     return "\n".join(f"- {point}" for point in points) + "\n"
 
 
@@ -87,6 +89,22 @@ def _which_parts(found: Sequence[Finding]) -> list[str]:
         for word in _ABOUT
         if word in said
     ]
+
+
+def _by_other_signs(goal: Goal) -> str:
+    """Whether what is said of excess similarity holds of other measures."""
+    said = []
+    for measure in SIGNS:
+        where: dict[str, list[str]] = defaultdict(list)
+        for place in goal.places:
+            if compared := place.compare(goal.label, measure):
+                where[verdict(compared.area)].append(place.setting)
+        words = (f"{word} on {_join(names)}" for word, names in where.items())
+        said.append(f"{MEASURES[measure].title}: {', '.join(words)}")
+    return (
+        f"**By other signs of memorization**, at equal held-out loss, {_name(goal)} has "
+        f"{'; '.join(said)}."
+    )
 
 
 def _where_it_loses(goal: Goal) -> str:
