@@ -150,6 +150,9 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
   training to the best loss that both methods reach; at each, the least memorization that a curve
   has there. A method memorizes *less* or *more* where the 95 % interval leaves out 0; of twenty
   such intervals one leaves it out by chance.
+- Quality is held-out loss, and KID by two embedders (pixels, and edges: `edges.py`).
+  There is no Fréchet distance, which is biased for so few pictures, and no CLIP score, as no tower
+  comes with the repository.
 - Rates are chosen by the lowest held-out loss on seed {TUNING_SEED}, which no table uses but those
   of the rates. A row *to be run again* is of a run whose settings have changed since.
 """
