@@ -133,6 +133,7 @@ COMMANDS = {
     "agc": "--method iet_agc --num_shards 1",
     "agc_taa_gentle": "--method agc_taa --preset gentle",
     "agc_taa_gentle, agc_threshold 0.9": "--method agc_taa --preset strict",
+    "agc_taa_gentle_ema, agc_threshold 0.9": "--method agc_taa --preset strict --use_ema",
     "iet_agc_plus_gentle": "--method iet_agc_plus --preset gentle",
 }
 """What a user sets for a method, by label. The study differs in ``taa_min_batch``: 0, so that no

@@ -38,6 +38,11 @@ PARTS = (
     Part("IET and MSR beside AGC and TAA", "iet_agc_plus_gentle", "agc_taa_gentle"),
     Part("EMA", "ema", "plain"),
     Part("EMA beside AGC and TAA", "agc_taa_gentle_ema", "agc_taa_gentle"),
+    Part(
+        "EMA beside AGC at 0.9 and TAA",
+        "agc_taa_gentle_ema, agc_threshold 0.9",
+        "agc_taa_gentle, agc_threshold 0.9",
+    ),
     Part("dropout 0.1", "dropout", "plain"),
     Part("weight decay 1, and not 0.01", "weight_decay", "plain"),
 )

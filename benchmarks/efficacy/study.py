@@ -162,10 +162,14 @@ def goal(rate: Rate) -> Iterator[Cell]:
 
 
 def stricter(rate: Rate) -> Iterator[Cell]:
-    """The winner with a threshold that skips more, on all data, all weights: best of the sweeps."""
+    """The winner with a threshold that skips more, on all data, all weights: best of the sweeps.
+
+    And with a moving average of the weights, which helps by itself.
+    """
     flags = (("agc_threshold", 0.9),)
-    for seed, setting in product(SEEDS, SETTINGS):
-        yield make(rate, setting, "full", "agc_taa_gentle", seed, flags=flags)
+    for method in ("agc_taa_gentle", "agc_taa_gentle_ema"):
+        for seed, setting in product(SEEDS, SETTINGS):
+            yield make(rate, setting, "full", method, seed, flags=flags)
 
 
 def parts(rate: Rate) -> Iterator[Cell]:
