@@ -71,7 +71,7 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
         points.append(
             f"{_name(each)} on {_join(place.setting for place in each.places)} (n = "
             f"{', '.join(seeds)}): {_shares(ends)} less than plain at equal updates, and "
-            f"{_shares(scores)} by the paper's score, the 95th percentile. At equal "
+            f"{_shares(scores)} by the excess of the paper's score, the 95th percentile. At equal "
             f"held-out loss it is {', '.join(gains)} less, where a whole plain run ends at "
             f"{', '.join(plain)}."
         )
