@@ -8,11 +8,11 @@ from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_eq
 from benchmarks.efficacy.methods import COMMANDS
 from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
 from benchmarks.efficacy.places import Place
+from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import BUDGETS, MEASURES, TITLES, interval
 
 SIGNS = ("p95", "excess_edges", "own", "gap")
 """Of `tables.MEASURES`, beside the mean excess by pixels."""
-_WEIGHTS = {"full": "all weights", "lora": "LoRA"}
 _ABOUT = {
     HELPS: "**Helps**, less at equal held-out loss",
     TRADES: "**Trades**, less at equal held-out loss with a surely worse KID, or more with a "
@@ -40,7 +40,7 @@ def best(judged: Sequence[Goal]) -> Goal:
     early stopping."""
 
     def gain(goal: Goal) -> float:
-        compared = [place.compare(goal.label, "excess") for place in goal.places]
+        compared = [place.compare(goal.label) for place in goal.places]
         return sum(each.area.value if each else float("-inf") for each in compared)
 
     def seeds(goal: Goal) -> int:
@@ -62,9 +62,9 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
     said = f"is reached by {', '.join(map(_name, reached))}" if reached else "is not reached"
     points = [f"{goal}, {said}." + (f" Not by {missed}." if missed else "")]
     for each in reached or [best(judged)]:
-        ends = [place.at_budget(each.label, "excess", "heldout_loss") for place in each.places]
-        compared = [place.compare(each.label, "excess") for place in each.places]
-        scores = [place.at_budget(each.label, "p95", "heldout_loss") for place in each.places]
+        ends = [place.at_budget(each.label) for place in each.places]
+        compared = [place.compare(each.label) for place in each.places]
+        scores = [place.at_budget(each.label, "p95") for place in each.places]
         gains = (interval(c.area, "{:+.4f}") if c else "none" for c in compared)
         plain = (f"{end.first.value:+.3f}" for end in ends)
         seeds = (str(len(place.seeds(each.label))) for place in each.places)
@@ -126,7 +126,7 @@ def _where_it_loses(goal: Goal) -> str:
             elif verdict(compared.area) == "more":
                 lost.append(f"more memorized at equal {TITLES[quality]} on {place.setting}")
         for budget, title in BUDGETS.items():
-            end = place.at_budget(goal.label, "excess", "heldout_loss", budget)
+            end = place.at_budget(goal.label, budget=budget)
             if end.reduction is None:
                 lost.append(f"plain has no sure excess yet with {title} on {place.setting}")
             elif end.reduction.value < GOAL:
@@ -148,7 +148,7 @@ def _shares(ends: Sequence[AtBudget]) -> str:
 
 
 def _name(goal: Goal) -> str:
-    return f"`{goal.label}` ({_WEIGHTS[goal.mode]})"
+    return f"`{goal.label}` ({WEIGHTS[goal.mode]})"
 
 
 def _join(words: Iterable[str]) -> str:

@@ -58,10 +58,7 @@ def goals(places: Sequence[Place]) -> list[Goal]:
 
 def reaches(place: Place, label: str) -> bool:
     """Whether a method reaches the goal here, both clauses of it."""
-    end, comparison = (
-        place.at_budget(label, "excess", "heldout_loss"),
-        place.compare(label, "excess"),
-    )
+    end, comparison = place.at_budget(label), place.compare(label)
     is_less = end.reduction is not None and end.reduction.value >= GOAL
     is_gain = comparison is not None and comparison.area.low > 0
     return is_less and end.better.high >= 0 and is_gain
@@ -79,10 +76,7 @@ def goal_table(found: Sequence[Goal]) -> str:
 
 
 def _two_numbers(place: Place, label: str) -> str:
-    end, comparison = (
-        place.at_budget(label, "excess", "heldout_loss"),
-        place.compare(label, "excess"),
-    )
+    end, comparison = place.at_budget(label), place.compare(label)
     parts = [interval(end.reduction, "{:.0%}") if end.reduction else "nothing to take a share of"]
     parts.append(interval(comparison.area, "{:+.4f}") if comparison else "never better")
     parts += [f"worse {TITLES[quality]}" for quality in worse_at_equal_updates(place, label)]
@@ -104,7 +98,7 @@ def lines(places: Sequence[Place]) -> str:
 
 
 def _line(place: Place, label: str) -> list[str]:
-    spent = [place.at_budget(label, "excess", "heldout_loss", budget) for budget in BUDGETS]
+    spent = [place.at_budget(label, budget=budget) for budget in BUDGETS]
     ends = {quality: place.at_budget(label, "excess", quality) for quality in QUALITIES}
     loss, edges = (place.compare(label, "excess", quality) for quality in QUALITIES[:2])
     return [
@@ -141,7 +135,7 @@ def in_short(comparison: Comparison | None, at: int = HEADLINE) -> str:
     return f"**{verdict(level.difference)}**: {less_by(level)}"
 
 
-def less_by(level: Level) -> str:
+def less_by(level: Level | AtBudget) -> str:
     """How much less a method memorizes, and as a share where there is one."""
     share = f", {interval(level.reduction, '{:.0%}')} of it" if level.reduction else ""
     return f"{interval(level.difference, '{:+.3f}')}{share}"

@@ -17,7 +17,7 @@ from benchmarks.efficacy.parts import Finding, numbers_table
 from benchmarks.efficacy.places import Methods, Place, Results, age
 from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import SHOWN_SEED, Result, closest
-from benchmarks.efficacy.study import RATES, SETTINGS, TUNING_SEED, Cell
+from benchmarks.efficacy.study import RATES, TUNING_SEED, WEIGHTS, Cell
 from benchmarks.efficacy.tables import (
     BUDGETS,
     HEADLINE,
@@ -49,7 +49,6 @@ _SHOWN = (
 )
 """Methods of the first pictures; the others have some of their own, of a few each."""
 _FEW = 6
-WEIGHTS = {"full": "all weights", "lora": "LoRA"}
 SHIPPED = ("fluent", "duplicated")
 """Data whose images are in ``demo/data``."""
 _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid_edges"))
@@ -57,13 +56,13 @@ _PLOTTED = (("excess", "heldout_loss"), ("gap", "heldout_loss"), ("excess", "kid
 
 def main_picture(place: Place) -> str:
     """The file of a place's first picture."""
-    return f"{place.setting}-{place.mode}-{'-'.join(_PLOTTED[0])}.png"
+    return f"{place.name}-{'-'.join(_PLOTTED[0])}.png"
 
 
 def place_page(place: Place, pictures: Path) -> str:
     """All that there is of a place, with pictures."""
-    name, methods = f"{place.setting}-{place.mode}", place.methods
-    parts = [f"# {SETTINGS[place.setting]}, {WEIGHTS[place.mode]}\n", _does_plain(place.plain)]
+    name, methods = place.name, place.methods
+    parts = [f"# {place.title}\n", _does_plain(place.plain)]
     parts.append(_in_words(place))
     main = {label: runs for label, runs in methods.items() if label in _SHOWN}
     rest = [(label, runs) for label, runs in place.others.items() if label not in _SHOWN]
@@ -177,7 +176,7 @@ def _gallery(place: Place, methods: Methods, pictures: Path) -> str:
             updates = run.rows[at]["updates"]
             rows.append((f"{label}\n{when}, {updates} updates", _pictures(run, at)))
     sheet = gallery(rows, first.about["prompts"][: len(rows[-1][1])])
-    name = f"{place.setting}-{place.mode}-gallery.png"
+    name = f"{place.name}-gallery.png"
     sheet.save(pictures / name)
     text = f"The first prompts, seed {SHOWN_SEED}:"
     return f"{text}\n\n![Pictures of each method](../{PICTURES}/{name})\n"
@@ -198,7 +197,7 @@ def closest_pairs(place: Place, label: str, pictures: Path) -> str | None:
         similar = [last["similarity_pixels"][p] for p in chosen]
         about = f"{last['updates']} updates, similarity {similar[0]:.3f} to {similar[-1]:.3f}"
         rows += [(f"{name}\n{about}", shown), ("nearest training image", _training_images(near))]
-    file = f"{place.setting}-{place.mode}-closest.png"
+    file = f"{place.name}-closest.png"
     gallery(rows, [f"{n + 1}." for n in range(len(shown))]).save(pictures / file)
     return file
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from benchmarks.efficacy.analysis import AtBudget, Comparison, verdict
-from benchmarks.efficacy.glance import QUALITIES, in_short
+from benchmarks.efficacy.glance import QUALITIES, in_short, less_by
 from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, interval
 
@@ -69,12 +69,12 @@ class Finding(NamedTuple):
     @property
     def end(self) -> AtBudget:
         """At equal updates."""
-        return self.place.at_budget(self.part.there, "excess", "heldout_loss")
+        return self.place.at_budget(self.part.there)
 
     @property
     def loss(self) -> Comparison | None:
         """At equal held-out loss."""
-        return self.place.compare(self.part.there, "excess")
+        return self.place.compare(self.part.there)
 
     @property
     def number(self) -> int:
@@ -125,7 +125,7 @@ def parts_table(found: Sequence[Finding]) -> str:
         [
             *(each.part.text, _method(each.part), f"{each.place.setting}, {each.place.mode}"),
             str(each.number),
-            _share(each.end),
+            less_by(each.end),
             interval(each.end.better, "{:+.4f}"),
             interval(each.loss.area, "{:+.4f}") if each.loss else "never better",
             f"**{each.word}**" if each.word in (HELPS, HURTS) else each.word,
@@ -150,7 +150,7 @@ def numbers_table(found: Sequence[Finding]) -> str:
                 *(each.part.text, f"{each.place.setting}, {each.place.mode}", *each.part[1:]),
                 str(each.number),
                 f"{each.end.first.value:+.3f}, {each.end.second.value:+.3f}",
-                f"**{verdict(each.end.difference)}**: {_share(each.end)}",
+                f"**{verdict(each.end.difference)}**: {less_by(each.end)}",
                 interval(each.end.better, "{:+.4f}"),
                 interval(edges.better, "{:+.3f}"),
                 *(in_short(each.loss), in_short(each.loss, at=-1)),
@@ -164,8 +164,3 @@ def numbers_table(found: Sequence[Finding]) -> str:
 def _method(part: Part) -> str:
     """The method that has it, without the setting that ``text`` names."""
     return part.there.removesuffix(f", {part.text}")
-
-
-def _share(end: AtBudget) -> str:
-    share = f", {interval(end.reduction, '{:.0%}')} of it" if end.reduction else ""
-    return f"{interval(end.difference, '{:+.3f}')}{share}"

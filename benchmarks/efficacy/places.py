@@ -8,7 +8,7 @@ from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, compare
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
-from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, Cell, tuned_as
+from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, WEIGHTS, Cell, tuned_as
 from benchmarks.efficacy.tables import Seeds, curves_of, scalar
 
 Methods = dict[str, Seeds]
@@ -28,6 +28,16 @@ class Place:
     _spent: dict[tuple[str, ...], AtBudget] = field(default_factory=dict)
 
     @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.setting}-{self.mode}"
+
+    @property
+    def title(self) -> str:
+        """For readers."""
+        return f"{SETTINGS[self.setting]}, {WEIGHTS[self.mode]}"
+
+    @property
     def methods(self) -> Methods:
         """All of them, plain first."""
         return {"plain": self.plain, **self.others}
@@ -37,7 +47,9 @@ class Place:
         """Those that have a seed in common with plain."""
         return {label: runs for label, runs in self.others.items() if self.seeds(label)}
 
-    def compare(self, label: str, measure: str, quality: str = "heldout_loss") -> Comparison | None:
+    def compare(
+        self, label: str, measure: str = "excess", quality: str = "heldout_loss"
+    ) -> Comparison | None:
         """At equal quality; see `analysis.compare`."""
         key = label, measure, quality
         if key not in self._found:
@@ -46,7 +58,11 @@ class Place:
         return self._found[key]
 
     def at_budget(
-        self, label: str, measure: str, quality: str, budget: str = "updates"
+        self,
+        label: str,
+        measure: str = "excess",
+        quality: str = "heldout_loss",
+        budget: str = "updates",
     ) -> AtBudget:
         """Where as much is spent, of one of `tables.BUDGETS`; see `analysis.at_budget`."""
         key = label, measure, quality, budget

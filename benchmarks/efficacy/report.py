@@ -11,7 +11,6 @@ from benchmarks.efficacy.cell import FINER
 from benchmarks.efficacy.glance import GOAL, Goal, goal_table, goals, lines
 from benchmarks.efficacy.pages import (
     PICTURES,
-    WEIGHTS,
     closest_pairs,
     comparisons_page,
     main_picture,
@@ -23,7 +22,7 @@ from benchmarks.efficacy.parts import Finding, findings, parts_table
 from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
-from benchmarks.efficacy.study import SEEDS, SETTINGS, STUDIES, TUNING_SEED
+from benchmarks.efficacy.study import SEEDS, STUDIES, TUNING_SEED
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table
 
@@ -41,7 +40,7 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     compared = places(known)
     found = findings(compared)
     for place in compared:
-        _page(pages, f"{place.setting}-{place.mode}", place_page(place, pictures))
+        _page(pages, place.name, place_page(place, pictures))
     _page(pages, "comparisons", comparisons_page(compared))
     _page(pages, "parts", parts_page(found))
     _page(pages, "rates", rates_page(known, pictures))
@@ -77,9 +76,8 @@ def _goal(judged: Sequence[Goal]) -> str:
 def _curves(compared: Sequence[Place]) -> str:
     parts = ["## The curves\n\nLower and further left is better. Each leads to its page.\n"]
     for place in compared:
-        title = f"{SETTINGS[place.setting]}, {WEIGHTS[place.mode]}"
-        page = f"{PAGES}/{place.setting}-{place.mode}.md"
-        parts.append(f"[![{title}]({PICTURES}/{main_picture(place)})]({page})\n")
+        page = f"{PAGES}/{place.name}.md"
+        parts.append(f"[![{place.title}]({PICTURES}/{main_picture(place)})]({page})\n")
     return "\n".join(parts)
 
 
@@ -88,8 +86,7 @@ def _closest(compared: Sequence[Place], judged: Sequence[Goal], pictures: Path) 
     parts = []
     for place in compared if judged else ():
         if file := closest_pairs(place, best(judged).label, pictures):
-            title = f"{SETTINGS[place.setting]}, {WEIGHTS[place.mode]}"
-            parts.append(f"{title}:\n\n![Closest pairs]({PICTURES}/{file})\n")
+            parts.append(f"{place.title}:\n\n![Closest pairs]({PICTURES}/{file})\n")
     if not parts:
         return ""
     text = (

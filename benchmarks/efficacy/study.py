@@ -20,6 +20,8 @@ SETTINGS = {
     "twemoji": "256 Twemoji, another style (graphics by Twitter, CC-BY 4.0)",
 }
 """Data, made by `benchmarks.efficacy.settings`, which takes long to import."""
+WEIGHTS = {"full": "all weights", "lora": "LoRA"}
+"""What is trained, by ``--train_mode``."""
 TUNING_SEED = 100
 SEEDS = (0, 1, 2)
 RATES = {

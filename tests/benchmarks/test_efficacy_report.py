@@ -338,8 +338,14 @@ def test_what_differs_at_equal_updates_alone_is_what_training_less_does(report_o
 
 
 def test_the_commands_for_a_user_are_the_methods_that_were_run():
-    beside = {"method", "preset", "num_rounds", "steps_per_round", "aggregate_every"}
-    beside.add("taa_min_batch")
+    beside = {
+        "method",
+        "preset",
+        "num_rounds",
+        "steps_per_round",
+        "aggregate_every",
+        "taa_min_batch",
+    }
     folders = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
     for label, command in COMMANDS.items():
         method, _, setting = label.partition(", ")
@@ -347,14 +353,6 @@ def test_the_commands_for_a_user_are_the_methods_that_were_run():
         cell = Cell("fluent", "full", method, 1e-4, 0, METHODS[method].num_shards, flags=flags)
         run = arguments.load([*folders, *argv_of(flags_of(cell, Protocol()))]).method
         told = arguments.load([*folders, *command.split()]).method
-        beside = {
-            "method",
-            "preset",
-            "num_rounds",
-            "steps_per_round",
-            "aggregate_every",
-            "taa_min_batch",
-        }
         assert {
             field: (getattr(run, field), getattr(told, field))
             for field in asdict(run)
