@@ -1,4 +1,4 @@
-"""Where the time of a step of diffusers' own script goes, by the clocks of `parts`."""
+"""Where the time of a step of diffusers' own script goes, by `clocks`."""
 
 import runpy
 import sys
@@ -8,9 +8,8 @@ from typing import Any
 from unittest import mock
 
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState
 
-from benchmarks.throughput.parts import REST, UNET, Clock, Profile, clocked
+from benchmarks.throughput.clocks import REST, UNET, Clock, Profile, clocked
 
 PEER_PARTS = (
     ("data", "accelerate.data_loader:DataLoaderShard.__iter__"),
@@ -53,8 +52,5 @@ def peer_profile(
             mock.patch.object(AcceleratedOptimizer, "step", counted),
             mock.patch.object(sys, "argv", [str(script), *argv]),
         ):
-            try:
-                runpy.run_path(str(script), run_name="__main__")
-            finally:
-                AcceleratorState._reset_state(reset_partial_state=True)
+            runpy.run_path(str(script), run_name="__main__")
     return found
