@@ -15,7 +15,7 @@ LAYERS = (
     ("presets", "seeding", "files"),
     ("config",),
     ("arguments",),
-    ("method", "diffusion"),  # L1
+    ("method", "diffusion", "devices"),  # L1
     ("data", "models"),  # L2
     ("sampling",),
     ("engine", "evaluation"),  # L3

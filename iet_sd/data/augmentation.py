@@ -1,15 +1,16 @@
 """Augmentation of a picture by a few random operations, of a strength on RandAugment's scale.
 
-Cubuk et al. 2020 (arXiv 1909.13719). Sizes are (width, height), as in PIL.
+Cubuk et al. 2020 (arXiv 1909.13719). A picture is a uint8 tensor (3, H, W) on any device, and what
+is made of it lies there too. ``gentle`` operations never wait for the device.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from PIL import Image
-from torchvision.transforms import InterpolationMode
+from torch import Tensor
+from torch.nn.functional import grid_sample
 from torchvision.transforms import functional as F
 
 from iet_sd.errors import UserError
@@ -18,9 +19,9 @@ from iet_sd.seeding import seed_for
 # RandAugment's scale of magnitudes: 0, 1, ..., 30.
 BINS = 31
 
-Function = Callable[[Image.Image, float], Image.Image]
+Function = Callable[[Tensor, float], Tensor]
 Operations = Mapping[str, tuple[Function, bool]]
-"""Name: what it does to an image at a level, and whether the level has a sign."""
+"""Name: what it does to a picture at a level, and whether the level has a sign."""
 
 
 class Augmentation(NamedTuple):
@@ -47,12 +48,10 @@ def variant(augmentation: Augmentation, picture: str, number: int) -> torch.Gene
     return torch.Generator().manual_seed(seed_for(0, "augmentation", *address))
 
 
-def augment(
-    image: Image.Image, augmentation: Augmentation, generator: torch.Generator
-) -> Image.Image:
+def augment(picture: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
     """Operations that are drawn from ``generator``, one after another, at one magnitude.
 
-    image: mode RGB. Errors: `UserError` for a magnitude off the scale.
+    Errors: `UserError` for a magnitude off the scale.
     """
     if not 0 <= augmentation.magnitude <= BINS - 1:
         raise UserError(
@@ -62,25 +61,25 @@ def augment(
     for _ in range(augmentation.num_ops):
         name = names[int(torch.randint(len(names), (), generator=generator))]
         negative = bool(torch.randint(2, (), generator=generator))
-        image = apply(image, name, augmentation, negative)
-    return image
+        picture = apply(picture, name, augmentation, negative)
+    return picture
 
 
-def apply(image: Image.Image, name: str, augmentation: Augmentation, negative: bool) -> Image.Image:
+def apply(picture: Tensor, name: str, augmentation: Augmentation, negative: bool) -> Tensor:
     """One operation; ``negative`` turns the direction of those that have two."""
     function, signed = OPERATIONS[augmentation.operations][name]
-    level = _level(name, augmentation.magnitude, image.size)
-    return function(image, -level if signed and negative else level)
+    level = _level(name, augmentation.magnitude, picture.shape[-2:])
+    return function(picture, -level if signed and negative else level)
 
 
-def _level(name: str, magnitude: float, size: tuple[int, int]) -> float:
+def _level(name: str, magnitude: float, size: Sequence[int]) -> float:
     """What ``magnitude`` means for an operation, linear between the bins of torchvision's scale."""
     # The ends of torchvision's scales; bins in float32 as there, so whole magnitudes agree exactly.
     ends = {
         "ShearX": (0.0, 0.3),
         "ShearY": (0.0, 0.3),
-        "TranslateX": (0.0, 150.0 / 331.0 * size[0]),
-        "TranslateY": (0.0, 150.0 / 331.0 * size[1]),
+        "TranslateX": (0.0, 150.0 / 331.0 * size[1]),
+        "TranslateY": (0.0, 150.0 / 331.0 * size[0]),
         "Rotate": (0.0, 30.0),
         "Brightness": (0.0, 0.9),
         "Color": (0.0, 0.9),
@@ -98,72 +97,78 @@ def _level(name: str, magnitude: float, size: tuple[int, int]) -> float:
 
 
 def _affine(
-    image: Image.Image,
+    picture: Tensor,
     translate: tuple[float, float] = (0, 0),
     shear: tuple[float, float] = (0, 0),
-    center: tuple[int, int] | None = None,
-    interpolation: InterpolationMode = InterpolationMode.NEAREST,
-) -> Image.Image:
+    center: list[int] | None = None,
+) -> Tensor:
     """Whole pixels of translation, and shear as the share by which a row or column moves."""
     return F.affine(
-        image,
+        picture,
         angle=0.0,
         translate=[int(pixels) for pixels in translate],
         scale=1.0,
         shear=[math.degrees(math.atan(share)) for share in shear],
-        interpolation=interpolation,
-        center=center and list(center),
+        center=center,
     )
 
 
-def _mirrored(function: Function, reach: Callable[[float, float], float]) -> Function:
-    """``function`` of a picture that goes on beyond its edges as its mirror image.
+def _moved(
+    picture: Tensor,
+    x_from: tuple[float, float] = (1.0, 0.0),
+    y_from: tuple[float, float] = (0.0, 1.0),
+    shift: tuple[float, float] = (0.0, 0.0),
+) -> Tensor:
+    """The picture whose pixel at (x, y) from its centre is the one that was at a linear function.
 
-    ``reach``: how many pixels beyond an edge it looks at a level above 0, by half of the longer
-    side.
+    Of (x, y), in pixels, its rows ``x_from`` and ``y_from``, plus ``shift``. Interpolated; beyond
+    its edges the picture goes on as its mirror image.
     """
-
-    def wider(image: Image.Image, level: float) -> Image.Image:
-        width, height = image.size
-        # And the neighbours of a pixel, between which it is interpolated.
-        margin = math.ceil(reach(abs(level), max(width, height) / 2)) + 2
-        padded = F.pad(image, margin, padding_mode="reflect")
-        return F.center_crop(function(padded, level), [height, width])
-
-    return wider
-
-
-def _shear(image: Image.Image, across: float, down: float) -> Image.Image:
-    return _affine(image, shear=(across, down), interpolation=InterpolationMode.BILINEAR)
-
-
-def _turn(image: Image.Image, degrees: float) -> Image.Image:
-    return F.rotate(image, degrees, InterpolationMode.BILINEAR)
+    height, width = picture.shape[-2:]
+    half_x, half_y = (width - 1) / 2, (height - 1) / 2
+    x = torch.linspace(-half_x, half_x, width, device=picture.device)
+    y = torch.linspace(-half_y, half_y, height, device=picture.device)[:, None]
+    places = [
+        (x_from[0] * x + x_from[1] * y + shift[0]) / half_x,
+        (y_from[0] * x + y_from[1] * y + shift[1]) / half_y,
+    ]
+    moved = grid_sample(
+        picture[None].float(),
+        torch.stack(places, dim=-1)[None],
+        padding_mode="reflection",
+        align_corners=True,
+    )
+    return _rounded(moved[0])
 
 
-def _sheared(share: float, half: float) -> float:
-    return share * half
+def _turned(picture: Tensor, degrees: float) -> Tensor:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return _moved(picture, (cos, -sin), (sin, cos))
 
 
-def _shifted(pixels: float, _: float) -> float:
-    return pixels
+def _blended(adjust: Function) -> Function:
+    """torchvision's, at a factor of 1 plus the level, of float values: of others it cuts off.
+
+    A white page would become grey by that.
+    """
+    return lambda picture, level: _rounded(255 * adjust(picture.float() / 255, 1 + level))
 
 
-def _turned(degrees: float, half: float) -> float:
-    return math.sin(math.radians(degrees)) * half
+def _rounded(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255).to(torch.uint8)
 
 
 _RANDAUGMENT: Operations = {
     "Identity": (lambda image, _: image, False),
-    "ShearX": (lambda image, level: _affine(image, shear=(level, 0), center=(0, 0)), True),
-    "ShearY": (lambda image, level: _affine(image, shear=(0, level), center=(0, 0)), True),
+    "ShearX": (lambda image, level: _affine(image, shear=(level, 0), center=[0, 0]), True),
+    "ShearY": (lambda image, level: _affine(image, shear=(0, level), center=[0, 0]), True),
     "TranslateX": (lambda image, level: _affine(image, translate=(level, 0)), True),
     "TranslateY": (lambda image, level: _affine(image, translate=(0, level)), True),
     "Rotate": (lambda image, level: F.rotate(image, level), True),
-    "Brightness": (lambda image, level: F.adjust_brightness(image, 1 + level), True),
-    "Color": (lambda image, level: F.adjust_saturation(image, 1 + level), True),
-    "Contrast": (lambda image, level: F.adjust_contrast(image, 1 + level), True),
-    "Sharpness": (lambda image, level: F.adjust_sharpness(image, 1 + level), True),
+    "Brightness": (_blended(F.adjust_brightness), True),
+    "Color": (_blended(F.adjust_saturation), True),
+    "Contrast": (_blended(F.adjust_contrast), True),
+    "Sharpness": (_blended(F.adjust_sharpness), True),
     "Posterize": (lambda image, level: F.posterize(image, round(level)), False),
     "Solarize": (lambda image, level: F.solarize(image, level), False),
     "AutoContrast": (lambda image, _: F.autocontrast(image), False),
@@ -171,11 +176,11 @@ _RANDAUGMENT: Operations = {
 }
 _GENTLE: Operations = {
     "Identity": _RANDAUGMENT["Identity"],
-    "ShearX": (_mirrored(lambda image, level: _shear(image, level, 0), _sheared), True),
-    "ShearY": (_mirrored(lambda image, level: _shear(image, 0, level), _sheared), True),
-    "TranslateX": (_mirrored(lambda i, level: _affine(i, (round(level), 0)), _shifted), True),
-    "TranslateY": (_mirrored(lambda i, level: _affine(i, (0, round(level))), _shifted), True),
-    "Rotate": (_mirrored(_turn, _turned), True),
+    "ShearX": (lambda image, level: _moved(image, x_from=(1.0, level)), True),
+    "ShearY": (lambda image, level: _moved(image, y_from=(level, 1.0)), True),
+    "TranslateX": (lambda image, level: _moved(image, shift=(-round(level), 0)), True),
+    "TranslateY": (lambda image, level: _moved(image, shift=(0, -round(level))), True),
+    "Rotate": (_turned, True),
     "Color": _RANDAUGMENT["Color"],
     "Sharpness": _RANDAUGMENT["Sharpness"],
 }

@@ -18,7 +18,7 @@ from iet_sd.data.captions import draw, texts
 from iet_sd.data.latents import Latents
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import Source
-from iet_sd.data.transforms import View, draw_placing
+from iet_sd.data.transforms import CPU, View, draw_placing
 from iet_sd.data.views import view_of
 from iet_sd.errors import UserError
 
@@ -85,6 +85,8 @@ class TrainingImages(Dataset):
     """A cache of what it makes of those that are."""
     threads: int = 0
     """That make several `examples` at the same time; 0: this one makes them."""
+    device: torch.device = CPU
+    """Where images are augmented."""
 
     def __post_init__(self) -> None:
         # Without the images, which would be read along with each row.
@@ -132,7 +134,7 @@ class TrainingImages(Dataset):
         """`example` of each visit and augmentation."""
         if not self.threads:
             return [self.example(*look) for look in looks]
-        # Pillow lets go of Python's lock while it reads and augments.
+        # Pillow lets go of Python's lock while it reads and resizes, torch while it augments.
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(lambda look: self.example(*look), looks))
 
@@ -140,14 +142,14 @@ class TrainingImages(Dataset):
         name, digest = self.source.sample_ids[visit.index], self.source.digests[visit.index]
         generator = visit.generator("view")
         # First, so that a visit has the same crop and flip with and without augmentation.
-        placing, augmented = draw_placing(generator), None
+        placing, augmented, device = draw_placing(generator), None, CPU
         if augmentation is not None:
             if augmentation.variants:
                 number = draw_variant(augmentation, generator)
                 generator = variant(augmentation, digest or name, number)
-            augmented = augmentation, generator
+            augmented, device = (augmentation, generator), self.device
         try:
-            return view_of(self.source, self.config, visit.index, placing, augmented)
+            return view_of(self.source, self.config, visit.index, placing, augmented, device)
         except UserError as error:
             if digest is None:
                 raise

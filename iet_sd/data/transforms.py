@@ -12,6 +12,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from iet_sd.data.augmentation import Augmentation, augment
+from iet_sd.devices import on_device
+
+CPU = torch.device("cpu")
 
 
 class View(NamedTuple):
@@ -51,29 +54,33 @@ def view(
     interpolation: str,
     placing: Placing = CENTRE,
     augmented: tuple[Augmentation, torch.Generator] | None = None,
+    device: torch.device = CPU,
 ) -> View:
     """``image`` as one visit sees it: resized to cover ``size`` (H, W), augmented, cropped to it.
 
-    ``augmented``: how, and a generator for what is random about it.
+    ``augmented``: how, and a generator for what is random about it. From there on it is on
+    ``device``.
     """
     original_size = image.height, image.width
-    image = F.resize(
+    resized = F.resize(
         image, list(cover(original_size, size)), InterpolationMode[interpolation.upper()]
     )
+    # A quarter of the bytes of what the VAE sees.
+    picture = on_device(F.pil_to_tensor(resized), device)
     if augmented:
-        image = augment(image, *augmented)
+        picture = augment(picture, *augmented)
     height, width = size
-    spare = image.height - height, image.width - width
+    spare = resized.height - height, resized.width - width
     if center_crop:
         top, left = (round(pixels / 2) for pixels in spare)
     else:
         shares = placing.down, placing.across
         top, left = (int(share * (pixels + 1)) for share, pixels in zip(shares, spare, strict=True))
-    image = F.crop(image, top, left, height, width)
+    picture = F.crop(picture, top, left, height, width)
     if random_flip and placing.flip:
-        image = F.hflip(image)
+        picture = F.hflip(picture)
         left = spare[1] - left
-    return View(F.normalize(F.to_tensor(image), [0.5], [0.5]), original_size, (top, left))
+    return View((picture.float() / 255 - 0.5) / 0.5, original_size, (top, left))
 
 
 def cover(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from iet_sd.config import DataConfig
 from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.images import decode
 from iet_sd.data.sources import Source
-from iet_sd.data.transforms import Placing, View, view
+from iet_sd.data.transforms import CPU, Placing, View, view
 
 
 def view_of(
@@ -15,6 +15,7 @@ def view_of(
     index: int,
     placing: Placing,
     augmented: tuple[Augmentation, torch.Generator] | None = None,
+    device: torch.device = CPU,
 ) -> View:
     """`view` of the image at ``index``. Errors: as `decode`."""
     record = source.dataset[index][source.image_column]
@@ -26,4 +27,5 @@ def view_of(
         interpolation=config.image_interpolation_mode,
         placing=placing,
         augmented=augmented,
+        device=device,
     )

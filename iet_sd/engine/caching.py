@@ -36,7 +36,7 @@ from iet_sd.models.loading import Components
 
 logger = logging.getLogger(__name__)
 # Of both tables: changed when what a row holds comes to mean something else.
-_VERSION = 1
+_VERSION = 2
 # What one pass of the VAE may hold: 8 images of 512 x 512.
 _PIXELS = 8 * 512 * 512
 _CAPTIONS = 32
@@ -182,7 +182,8 @@ def cached_images(
     _keep(components, "vae", encodes)
     for name in components.family.text_encoders:
         _keep(components, name, captions is None)
-    return TrainingImages(source, read, config.data, **kept, threads=workers)
+    where = {"threads": workers, "device": components.device}
+    return TrainingImages(source, read, config.data, **kept, **where)
 
 
 def _keep(components: Components, part: str, needed: bool) -> None:

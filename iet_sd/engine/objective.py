@@ -13,6 +13,7 @@ from diffusers.training_utils import compute_dream_and_update_latents
 from torch import Tensor
 
 from iet_sd import diffusion
+from iet_sd.devices import on_device
 from iet_sd.errors import UserError
 from iet_sd.models.adapter import is_trained
 from iet_sd.models.family import ENCODED, SIZES
@@ -198,16 +199,6 @@ class Objective:
         return loss_B * diffusion.snr_weights(
             self.components.noise_scheduler, timesteps, self.snr_gamma
         )
-
-
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there. A GPU takes it out of pinned memory, while this process goes on.
-
-    Of other memory a copy waits until the GPU has done all that it was given before.
-    """
-    if device.type == "cuda" and not tensor.is_cuda:
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def posterior(vae: AutoencoderKL, pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

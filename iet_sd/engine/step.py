@@ -18,7 +18,8 @@ from torch import Tensor
 
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages
-from iet_sd.engine.objective import Objective, Prepared, join, on_device
+from iet_sd.devices import on_device
+from iet_sd.engine.objective import Objective, Prepared, join
 from iet_sd.engine.second_pass import Pending, prepare, take, take_or_drop
 from iet_sd.method import agc, taa
 

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from benchmarks.efficacy import controls
 from benchmarks.efficacy.methods import METHODS
@@ -136,8 +135,9 @@ def test_a_swap_is_in_effect_in_the_loop(name, monkeypatch):
 def test_colour_operations_leave_a_white_page_white_and_a_picture_at_rest_as_it_is(monkeypatch):
     monkeypatch.setattr(augmentation, "OPERATIONS", augmentation.OPERATIONS)
     everything = list(augmentation.OPERATIONS["randaugment"])
-    white = Image.new("RGB", (16, 16), "white")
-    noise = Image.fromarray(np.random.default_rng(0).integers(60, 200, (16, 16, 3), dtype=np.uint8))
+    white = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    (seeded,) = generators(1)
+    noise = torch.randint(60, 200, (3, 32, 32), dtype=torch.uint8, generator=seeded)
 
     def marks():
         """Operations that change a white page, or anything at strength 0."""
@@ -151,19 +151,19 @@ def test_colour_operations_leave_a_white_page_white_and_a_picture_at_rest_as_it_
     assert list(augmentation.OPERATIONS["randaugment"]) == kept
     assert marks() <= {"Brightness"}
     augmented = [augmentation.augment(noise, Augmentation(0.0), g) for g in generators(30)]
-    assert all(each.tobytes() == noise.tobytes() for each in augmented)
+    assert all(torch.equal(each, noise) for each in augmented)
 
 
 def test_whole_pixel_operations_make_no_grey_of_black_and_white(monkeypatch):
     monkeypatch.setattr(augmentation, "OPERATIONS", augmentation.OPERATIONS)
     board = np.kron(np.indices((8, 8)).sum(axis=0) % 2, np.ones((3, 3)))
-    picture = Image.fromarray(np.uint8(255 * board)).convert("RGB")
+    picture = torch.from_numpy(np.uint8(255 * board)).expand(3, -1, -1)
 
     def blurring():
         strong = Augmentation(9.3, operations="gentle")
         there = augmentation.OPERATIONS["gentle"]
         made = {o: augmentation.apply(picture, o, strong, False) for o in there}
-        return {o for o, each in made.items() if len(each.getcolors()) > 2}
+        return {o for o, each in made.items() if len(each.unique()) > 2}
 
     assert {"ShearX", "ShearY", "Rotate"} <= blurring()
     controls.whole_pixel_taa()
@@ -177,7 +177,7 @@ def _changed(image, operation, magnitude):
         augmentation.apply(image, operation, Augmentation(magnitude), negative)
         for negative in (False, True)
     ]
-    return any(each.tobytes() != image.tobytes() for each in both)
+    return not all(torch.equal(each, image) for each in both)
 
 
 def test_a_swapped_rule_is_the_same_for_the_same_batch_and_bank(monkeypatch):

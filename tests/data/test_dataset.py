@@ -106,6 +106,15 @@ def test_augmentation_changes_pixels_alone(images):
     assert changed > 5
 
 
+def test_images_are_augmented_on_the_device_and_others_made_here(images):
+    """Without a look at what came of it: this device has no values."""
+    dataset, gently = images(), Augmentation(20.0, 3, "gentle")
+    dataset.device = torch.device("meta")
+    made = dataset.examples([(Visit(0, 1), gently), (Visit(0, 1), None)])
+    assert [each["pixel_values"].device.type for each in made] == ["meta", "cpu"]
+    assert made[0]["pixel_values"].shape == (3, R, R)
+
+
 def test_threads_make_the_same_examples_at_the_same_time(images):
     """And name a bad image as one alone does."""
     dataset = images(shuffle_caption=True)

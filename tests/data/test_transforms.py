@@ -126,6 +126,6 @@ def test_augmentation_comes_before_the_crop(photo):
     for seed in range(10):
         generator = seeded(seed)
         torch.rand(3, dtype=torch.float64, generator=generator)
-        augmented = augment(resized, Augmentation(9.0), generator)
-        plain = see(augmented, seed)
+        augmented = augment(F.pil_to_tensor(resized), Augmentation(9.0), generator)
+        plain = see(F.to_pil_image(augmented), seed)
         assert torch.equal(see(photo, seed, augmentation=Augmentation(9.0)), plain)

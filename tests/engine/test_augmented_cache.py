@@ -74,7 +74,7 @@ def test_another_way_of_augmenting_is_another_table_and_leaves_the_other_images(
         {"taa_variants": 1},
         {"taa_variants": 2},
         {"taa_variants": 2, "taa_magnitude": 2.0},
-        {"taa_variants": 2, "taa_operations": "gentle"},
+        {"taa_variants": 2, "taa_operations": "randaugment"},
         {"taa_variants": 2, "taa_num_ops": 1},
         {"taa_variants": 2, "taa_min_strength": 0.5},
     ):

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scipy import stats
 
+from iet_sd.data.augmentation import Augmentation
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.latents import Latents, Texts, Variants
 from iet_sd.data.shards import Visit, split
@@ -74,7 +75,7 @@ def decisions(rounds):
         ("sd1", {"num_shards": 2, "taa_sharpness": 0.5, "proportion_empty_prompts": 0.3}),
         ("sd1", {"num_shards": 2, "taa_sharpness": 0.5, "taa_variants": 2}),
         ("sdxl", {"num_shards": 2, "caption_prefix": "a", "aspect_ratio_buckets": "24,40;32,32"}),
-        ("sdxl", {"taa_sharpness": 0.5, "taa_variants": 1, "taa_operations": "gentle"}),
+        ("sdxl", {"taa_sharpness": 0.5, "taa_variants": 1, "taa_operations": "randaugment"}),
     ],
     ids=[
         *("plain", "AGC, LoRA", "whole method, dropped captions", "variants of augmented images"),
@@ -194,6 +195,16 @@ def test_what_is_cached_is_neither_loaded_nor_kept(settings, method, taa_variant
     found = cached_images(config, source, components, beforehand)[Visit(0, 1)]
     assert torch.equal(found["latent_mean"], made[Visit(0, 1)]["latent_mean"])
     assert not {"pixel_values", "input_ids"} & set(found)
+
+
+def test_images_are_augmented_where_the_model_is(settings):
+    config = settings(cache="off", method="iet_agc_plus", **FITTING)
+    components = load_components(config.model, torch.float32, None)
+    components.device = torch.device("meta")
+    source = load_source(config.data)
+    images = cached_images(config, source, components, choose(config, source, 10**6))
+    (example,) = images.examples([(Visit(0, 1), Augmentation(5.0, operations="gentle"))])
+    assert example["pixel_values"].device.type == "meta"
 
 
 def tables(tmp_path):
