@@ -3,15 +3,20 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.pipelines import RESOLUTION, tiny_pipeline
 
 
 def pytest_configure():
-    """Signals as in a terminal: a shell has what it starts in the background ignore some."""
+    """Signals as in a terminal: a shell has what it starts in the background ignore some.
+
+    And one thread: tiny models gain nothing by two, which on a busy machine wait for each other.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -42,11 +42,11 @@ METHODS: dict[str, Method] = {
     "dropout": Method("plain, dropout 0.1 in the UNet", _OFF, swap="dropout", **_PLAIN),
     "ema": Method("plain, moving average of the weights", _OFF | {"use_ema": True}, **_PLAIN),
     "agc": Method("AGC alone, one model", _AGC, **_PLAIN),
-    "agc_taa": Method("AGC and TAA, one model", _AGC_TAA, **_PLAIN),
+    "agc_taa": Method("AGC and TAA with RandAugment, one model", _AGC_TAA, **_PLAIN),
     "iet": Method("IET alone: shards, averaged", _OFF),
     "iet_agc": Method("IET-AGC: shards and skipping", _AGC),
     "iet_agc_msr": Method("IET-AGC with MSR, no TAA", _AGC | {"msr": True}),
-    "iet_agc_plus": Method("IET-AGC+, preset corrected", _ALL, **_PLUS),
+    "iet_agc_plus": Method("IET-AGC+ with RandAugment", _ALL, **_PLUS),
     "iet_agc_plus_paper": Method("IET-AGC+, preset paper", _ALL | {"preset": "paper"}, **_PLUS),
     "iet_agc_plus_colour": Method(
         "IET-AGC+, augmenting by colour operations alone, which leave no marks",
@@ -131,10 +131,10 @@ METHODS: dict[str, Method] = {
 COMMANDS = {
     "plain": "--method none",
     "agc": "--method iet_agc --num_shards 1",
-    "agc_taa_gentle": "--method agc_taa --preset gentle",
+    "agc_taa_gentle": "--method agc_taa",
     "agc_taa_gentle, agc_threshold 0.9": "--method agc_taa --preset strict",
     "agc_taa_gentle_ema, agc_threshold 0.9": "--method agc_taa --preset strict --use_ema",
-    "iet_agc_plus_gentle": "--method iet_agc_plus --preset gentle",
+    "iet_agc_plus_gentle": "--method iet_agc_plus",
 }
 """What a user sets for a method, by label. The study differs in ``taa_min_batch``: 0, so that no
 sample waits."""

@@ -18,10 +18,9 @@ class MethodConfig:
     method: Literal["iet_agc_plus", "iet_agc", "agc_taa", "iet", "none"] = "iet_agc_plus"
     """iet_agc_plus: all parts. iet_agc: shards and skipping. agc_taa: skipping and augmentation in
     one model. iet: shards alone. none: plain."""
-    preset: Literal["corrected", "gentle", "strict", "paper"] = "corrected"
+    preset: Literal["corrected", "strict", "paper"] = "corrected"
     """corrected: the method with the accidents of the authors' code repaired. paper: as theirs.
-    gentle: corrected, with augmentation that leaves no marks in what the model draws. strict:
-    gentle, skipping more (--agc_threshold 0.9)."""
+    strict: corrected, skipping more (--agc_threshold 0.9)."""
     num_shards: int = 4
     """Shards of the data, each with a proxy of the model (K)."""
     num_rounds: int = 10
@@ -72,10 +71,10 @@ class MethodConfig:
     """RandAugment magnitude at strength 1, on its scale of 31 steps."""
     taa_num_ops: int = 2
     """Operations per image."""
-    taa_operations: Literal["randaugment", "gentle"] = "randaugment"
-    """randaugment: all of RandAugment's 14, as in the paper; a model learns to draw the black
-    wedges, gray pages and solarized colours that some leave. gentle: shifts, shears, turns,
-    saturation and sharpness, with mirrored edges."""
+    taa_operations: Literal["gentle", "randaugment"] = "gentle"
+    """gentle: shifts, shears, turns, saturation and sharpness, with mirrored edges. randaugment:
+    all of RandAugment's 14, as in the paper; a model learns to draw the black wedges, gray pages
+    and solarized colours that some leave."""
     taa_variants: int = 0
     """Augment each image in one of so many ways at each whole magnitude, which are encoded once
     (--cache): training then needs no VAE. 0: in a new way in every visit."""
