@@ -102,7 +102,7 @@ def _line(place: Place, label: str) -> list[str]:
     ends = {quality: place.at_budget(label, "excess", quality) for quality in QUALITIES}
     loss, edges = (place.compare(label, "excess", quality) for quality in QUALITIES[:2])
     return [
-        *(interval(end.reduction, "{:.0%}") if end.reduction else "" for end in spent),
+        *(interval(end.reduction, "{:.0%}") for end in spent),
         _quality(ends),
         *(
             f"**{verdict(each.area)}**: {interval(each.area, form)}" if each else "never better"
@@ -172,7 +172,7 @@ def _at_equal_budget(place: Place, label: str, budget: str) -> list[str]:
         ", ".join(f"{at_place(runs, there, 'updates'):.0f}" for runs, there in pair),
         f"{end.first.value:+.3f}",
         f"{end.second.value:+.3f}",
-        interval(end.reduction, "{:.0%}") if end.reduction else "",
+        interval(end.reduction, "{:.0%}"),
         *(interval(each.better, "{:+.4f}") for each in found.values()),
         f"**{verdict(end.difference)}**, {_quality(found)}",
     ]

@@ -209,7 +209,7 @@ def comparison_table(
                 f"{level.quality:.4f}",
                 f"{level.first.value:+.3f}",
                 f"{level.second.value:+.3f}",
-                interval(level.reduction, "{:.0%}") if level.reduction else "",
+                interval(level.reduction, "{:.0%}"),
                 ", ".join(
                     f"{at_place(*pair, other):.3f}" for pair in zip(runs, level.places, strict=True)
                 ),
@@ -244,7 +244,9 @@ def as_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def interval(estimate: Estimate, form: str) -> str:
-    """A number and its interval."""
+def interval(estimate: Estimate | None, form: str) -> str:
+    """A number and its interval; nothing of nothing."""
+    if estimate is None:
+        return ""
     value, low, high = (form.format(v) for v in (estimate.value, estimate.low, estimate.high))
     return f"{value} [{low}, {high}]"

@@ -197,6 +197,16 @@ def test_what_is_cached_is_neither_loaded_nor_kept(settings, method, taa_variant
     assert not {"pixel_values", "input_ids"} & set(found)
 
 
+def test_a_bar_counts_what_is_made_and_none_what_is_found(settings, capsys):
+    config = settings(cache="on", **FITTING)
+    prepare(config)
+    bars = capsys.readouterr().err
+    assert all(f"Encoding {kind}: 100%" in bars for kind in ("texts", "latents"))
+    assert bars.count("| 16/16 ") >= 2
+    prepare(config)
+    assert "Encoding" not in capsys.readouterr().err
+
+
 def test_images_are_augmented_where_the_model_is(settings):
     config = settings(cache="off", method="iet_agc_plus", **FITTING)
     components = load_components(config.model, torch.float32, None)
