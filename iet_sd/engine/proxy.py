@@ -119,36 +119,35 @@ class Proxy:
         self.scaler.scale(loss).backward()
 
     def clip_gradient(self, scale: float = 1.0) -> bool:
-        """Scale and clip the gradient; returns whether an update may follow.
-
-        It may not if the gradient is not finite, but under fp16, where `update` sees to that.
-        """
+        """Scale and clip the gradient; returns whether it is finite: else no update may follow."""
         self.scaler.unscale_(self.optimizer)
         if scale != 1:
             # None where the loss does not depend on it, as at the end of SDXL's text encoder.
             gradients = (parameter.grad for parameter in self.parameters.values())
             torch._foreach_mul_([g for g in gradients if g is not None], scale)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
-        return self.scaler.is_enabled() or bool(norm.isfinite())
+        return bool(norm.isfinite())
 
     def drop_gradient(self) -> None:
         """Have no gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def update(self) -> bool:
-        """One update of optimizer, schedule and moving average by the gradient.
-
-        Returns False if there was none, since an fp16 gradient overflowed and the loss scale was
-        lowered instead.
-        """
-        scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+    def update(self) -> None:
+        """One update of optimizer, schedule and moving average by the gradient."""
+        # Not by the scaler, which would ask the device once more whether the gradient is finite.
+        self.optimizer.step()
         self.scaler.update()
-        updated = self.scaler.get_scale() >= scale
-        if updated:
-            self._count_update()
+        self._count_update()
         self.drop_gradient()
-        return updated
+
+    def overflowed(self) -> bool:
+        """Drop a gradient that is not finite; returns whether fp16 explains it.
+
+        The loss scale is then lowered instead.
+        """
+        self.drop_gradient()
+        self.scaler.update()
+        return self.scaler.is_enabled()
 
     def update_with_zero_gradient(self) -> None:
         """The authors' update after a batch with nothing kept: moments and decay still act."""

@@ -234,17 +234,18 @@ class Trainer:
             trained += done.trained
             new_skips_N.index_add_(0, done.skipped, torch.ones_like(done.skipped))
         counts.steps = 1
+        if not trained:
+            if method.empty_batch == "step" and not counts.nonfinite:
+                proxy.update_with_zero_gradient()
+                counts.updates = 1
         # The mean over what is trained, of all batches of the update together.
-        if trained and proxy.clip_gradient(per_update / len(trained)):
-            counts.updates = int(proxy.update())
-        elif trained:
+        elif proxy.clip_gradient(per_update / len(trained)):
+            proxy.update()
+            counts.updates = 1
+        elif not proxy.overflowed():
             on_nonfinite("gradient", trained)
-            proxy.drop_gradient()
             counts.nonfinite += 1
             counts.trained, counts.augmented, counts.strength_sum = 0, 0, 0.0
-        elif method.empty_batch == "step" and not counts.nonfinite:
-            proxy.update_with_zero_gradient()
-            counts.updates = 1
         return counts
 
     def _on_nonfinite(self, where: str, what: str, samples: list[tuple[int, int]]) -> None:

@@ -1,6 +1,7 @@
 """Whatever an optimizer remembers of a parameter waits and comes back as it was."""
 
 import importlib.util
+import math
 import sys
 import types
 from functools import partial
@@ -152,27 +153,33 @@ def test_a_count_is_where_the_optimizer_counts(fused):
     assert remembered["exp_avg"].stride() == weight.stride()
 
 
-def test_a_gradient_that_overflows_is_skipped_by_one_kernel_too():
-    """fp16: the scaler tells a fused optimizer, which then changes nothing but the scale."""
-    found = {}
-    for fused in (None, True):
-        weight = torch.nn.Parameter(torch.ones(3))
-        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        steps = []
-        for gradient in (1.0, float("inf"), 2.0):
-            scaler.scale(weight.sum() * gradient).backward()
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_([weight], 10.0)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            steps += [
-                (*weight.tolist(), scaler.get_scale(), float(optimizer.state[weight]["step"]))
-            ]
-        found[fused] = steps
-    assert found[True] == [pytest.approx(step, abs=1e-6) for step in found[None]]
-    assert [step[-2:] for step in found[True]] == [(4.0, 1.0), (2.0, 1.0), (2.0, 2.0)]
+@pytest.mark.parametrize("fused", [None, True])
+def test_fp16_updates_as_the_scaler_itself_does(fused, settings, trainer_for):
+    """An overflow changes nothing but the scale; without asking the scaler whether it was one."""
+    config = settings(**PLAIN | LORA, mixed_precision="fp16", fused_adamw=fused)
+    _, state = trainer_for(config)
+    proxy = state.proxies[0]
+    proxy.enter(state.weights, state.moments)
+    mine = list(proxy.parameters.values())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in mine]
+    group = {"params": twins, "lr": proxy.learning_rate}
+    optimizer = make_optimizer([group], config.training, proxy.learning_rate)
+    scaler = torch.amp.GradScaler("cpu")
+    for value, updates in ((1.0, 1), (math.inf, 1), (2.0, 2)):
+        scaler.scale(value * sum(p.sum() for p in twins)).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(twins, config.training.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        proxy.backward(value * sum(p.sum() for p in mine))
+        if proxy.clip_gradient():
+            proxy.update()
+        else:
+            assert proxy.overflowed()
+        assert all(torch.equal(*pair) for pair in zip(mine, twins, strict=True))
+        assert proxy.scaler.get_scale() == scaler.get_scale()
+        assert proxy.lr_scheduler.last_epoch == updates
 
 
 def test_state_keeps_its_types():
