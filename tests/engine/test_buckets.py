@@ -90,7 +90,8 @@ def test_a_second_pass_of_one_size_is_one_batch(trainer_for, settings):
     taken = [Pending(i, 60 * i, 100 + i, 0.5) for i in (4, 0, 3, 7, 2)]
     loss_Q, samples = augmented_loss(trainer, taken)
     visits = [Visit(p.index, p.seed) for p in taken]
-    batch = collate([trainer.dataset.example(visit, Augmentation(2.5)) for visit in visits])
+    how = Augmentation(2.5, operations="gentle")
+    batch = collate([trainer.dataset.example(visit, how) for visit in visits])
     timesteps = torch.tensor([p.timestep for p in taken])
     assert torch.equal(loss_Q, trainer.objective.loss(batch, timesteps, "augmented"))
     assert samples == [(p.index, p.timestep) for p in taken]

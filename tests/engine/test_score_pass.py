@@ -374,8 +374,8 @@ def test_refilled_batches_equal_a_loop_over_samples(threshold, trainer_for, sett
         filled += len(now) == 4
         clear(trainer)
         for i, t, seed, strength in now:
-            augmentation = None if strength is None else Augmentation(5 * strength)
-            batch = collate([trainer.dataset.example(Visit(i, seed), augmentation)])
+            how = None if strength is None else Augmentation(5 * strength, operations="gentle")
+            batch = collate([trainer.dataset.example(Visit(i, seed), how)])
             purpose = "score" if strength is None else "augmented"
             objective.loss(batch, torch.tensor([t]), purpose).sum().backward()
         for one, two in zip(got, gradients(trainer) if now else [], strict=True):
