@@ -36,8 +36,8 @@ def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
 
 
 def best(judged: Sequence[Goal]) -> Goal:
-    """That which reaches the goal on most data; of several, of most seeds, then with most gain over
-    early stopping."""
+    """That which reaches the goal on most data with no worse KID, then with one; of several, of
+    most seeds, then with most gain over early stopping."""
 
     def gain(goal: Goal) -> float:
         compared = [place.compare(goal.label) for place in goal.places]
@@ -46,7 +46,11 @@ def best(judged: Sequence[Goal]) -> Goal:
     def seeds(goal: Goal) -> int:
         return min(len(place.seeds(goal.label)) for place in goal.places)
 
-    return max(judged, key=lambda goal: (sum(goal.reached_by), seeds(goal), gain(goal)))
+    def reached(goal: Goal) -> tuple[int, int]:
+        there, spoilt = goal.reached_on, goal.spoils_on
+        return sum(place not in spoilt for place in there), len(there)
+
+    return max(judged, key=lambda goal: (reached(goal), seeds(goal), gain(goal)))
 
 
 def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
@@ -57,10 +61,25 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
     )
     if not judged:
         return [f"{goal}: nothing has been run on all data sets yet."]
-    reached = [each for each in judged if each.is_reached]
-    missed = ", ".join(_name(each) for each in judged if not each.is_reached)
-    said = f"is reached by {', '.join(map(_name, reached))}" if reached else "is not reached"
-    points = [f"{goal}, {said}." + (f" Not by {missed}." if missed else "")]
+    reached = sorted((each for each in judged if each.is_reached), key=lambda g: len(g.spoils_on))
+    clean = [_name(each) for each in reached if not each.spoils_on]
+    spoilt = [
+        f"`{each.label}` ({WEIGHTS[each.mode]}; on {_join(p.setting for p in each.spoils_on)})"
+        for each in reached
+        if each.spoils_on
+    ]
+    missed = [_name(each) for each in judged if not each.is_reached]
+    said = "is not reached"
+    if clean:
+        said = f"is reached by {', '.join(clean)}"
+    elif spoilt:
+        said += " with pictures that are no worse"
+    if spoilt:
+        said += ". With a KID surely worse than plain's, on the data named, it is reached by "
+        said += ", ".join(spoilt)
+    if missed:
+        said += f". Not by {', '.join(missed)}"
+    points = [f"{goal}, {said}."]
     for each in reached or [best(judged)]:
         ends = [place.at_budget(each.label) for place in each.places]
         compared = [place.compare(each.label) for place in each.places]
