@@ -63,11 +63,7 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
         return [f"{goal}: nothing has been run on all data sets yet."]
     reached = sorted((each for each in judged if each.is_reached), key=lambda g: len(g.spoils_on))
     clean = [_name(each) for each in reached if not each.spoils_on]
-    spoilt = [
-        f"`{each.label}` ({WEIGHTS[each.mode]}; on {_join(p.setting for p in each.spoils_on)})"
-        for each in reached
-        if each.spoils_on
-    ]
+    spoilt = [_name(each, each.spoils_on) for each in reached if each.spoils_on]
     missed = [_name(each) for each in judged if not each.is_reached]
     said = "is not reached"
     if clean:
@@ -166,8 +162,9 @@ def _shares(ends: Sequence[AtBudget]) -> str:
     )
 
 
-def _name(goal: Goal) -> str:
-    return f"`{goal.label}` ({WEIGHTS[goal.mode]})"
+def _name(goal: Goal, on: Sequence[Place] = ()) -> str:
+    where = f"; on {_join(place.setting for place in on)}" if on else ""
+    return f"`{goal.label}` ({WEIGHTS[goal.mode]}{where})"
 
 
 def _join(words: Iterable[str]) -> str:

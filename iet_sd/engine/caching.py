@@ -182,8 +182,9 @@ def cached_images(
     _keep(components, "vae", encodes)
     for name in components.family.text_encoders:
         _keep(components, name, captions is None)
-    where = {"threads": workers, "device": components.device}
-    return TrainingImages(source, read, config.data, **kept, **where)
+    return TrainingImages(
+        source, read, config.data, **kept, threads=workers, device=components.device
+    )
 
 
 def _keep(components: Components, part: str, needed: bool) -> None:
