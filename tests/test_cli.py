@@ -95,7 +95,10 @@ def test_a_seed_that_was_drawn_goes_on(argv, tmp_path):
     "given",
     [
         {"num_shards": 2, "proxy_optimizer": "average", "outer_momentum": 0.5},
-        {"num_shards": 3, "train_mode": "lora", "lora_aggregation": "product"},
+        pytest.param(
+            {"num_shards": 3, "train_mode": "lora", "lora_aggregation": "product"},
+            marks=pytest.mark.slow,
+        ),
         # 17 crops of 16 images: a file for each process.
         {
             "num_shards": 3,
@@ -132,6 +135,7 @@ def test_two_processes_equal_one(given, argv, tmp_path):
         assert [f.parts[-2:] for f in made[0]] == [f.parts[-2:] for f in made[1]]
 
 
+@pytest.mark.slow
 def test_more_processes_than_shards(argv):
     status, output = launched(argv(num_shards=2), processes=3)
     assert status != 0

@@ -52,7 +52,9 @@ def test_two_commands_and_ci_runs_the_second():
     assert "grep -m 1 '&& pytest$' README.md" in (ROOT / ".ci/run").read_text()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"]
+)
 def test_the_demo_runs_and_its_result_draws_the_same_where_iet_sd_is_not(lora, tmp_path):
     command, evaluation = commands()[0].removeprefix(SET_UP).split(" && ")
     if lora:

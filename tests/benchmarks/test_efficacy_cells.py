@@ -112,6 +112,7 @@ def test_cells_that_start_together_make_their_data_once(protocol, tmp_path, monk
     assert len(settings.copies_of(once)) == protocol.images
 
 
+@pytest.mark.slow
 def test_a_killed_cell_goes_on_to_the_same_numbers(duplicated, protocol, tmp_path, monkeypatch):
     whole, work, folder = duplicated[0], tmp_path, tmp_path / "results"
     cell = whole.cell

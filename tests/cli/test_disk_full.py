@@ -101,7 +101,11 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("processes", [0, 2], ids=["one process", "two processes"])
+@pytest.mark.parametrize(
+    "processes",
+    [0, pytest.param(2, marks=pytest.mark.slow)],
+    ids=["one process", "two processes"],
+)
 def test_on_a_disk_that_is_really_full(processes, argv, small_disk):
     """Room for some checkpoints and not for all; in two processes, either may meet its end."""
     output = small_disk("12m")

@@ -230,6 +230,7 @@ def test_a_round_that_cannot_be_measured_is_left_out(probed, tmp_path, monkeypat
     assert [line["round"] for line in lines(tmp_path / "output", "probe")] == [0, 1, 3]
 
 
+@pytest.mark.slow
 def test_two_processes(never_stopped, probed, tmp_path):
     """The main process measures, the other waits."""
     one, two = never_stopped, tmp_path / "two"

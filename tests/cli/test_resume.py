@@ -97,6 +97,7 @@ def test_a_checkpoint_is_read_once(stopped, argv, monkeypatch):
     assert {path.parent for path in read if "process" not in str(path)} == {newest}
 
 
+@pytest.mark.slow
 def test_two_processes_read_it_once_and_agree(argv, tmp_path):
     """The second is told what the first has found, here that the newest is damaged."""
     flags = argv(num_rounds=3)

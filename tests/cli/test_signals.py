@@ -116,7 +116,11 @@ def test_nothing_is_caught_once_it_has_ended(argv):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
 @pytest.mark.parametrize(
     ("processes", "number"),
-    [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGKILL)],
+    [
+        (1, signal.SIGTERM),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+        (2, signal.SIGKILL),
+    ],
     ids=["one process", "two processes", "two processes, the launcher killed"],
 )
 def test_the_end_of_accelerate_launch_ends_in_a_grace_save(processes, number, argv, tmp_path):

@@ -293,6 +293,7 @@ def test_another_run_takes_the_weights_beside_away(argv, tmp_path):
     assert not list((tmp_path / "output").glob("*non_ema*"))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(argv, tmp_path):
     given = {**LORA, "use_ema": "", "num_shards": 3, "num_rounds": 3, "steps_per_round": 4}
     given |= {"agc_threshold": 1.0, "bank_bins": 1}
