@@ -1,7 +1,9 @@
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from iet_sd.arguments import from_layers
 from iet_sd.config import Config
@@ -14,6 +16,8 @@ from iet_sd.engine.rounds import Trainer
 from iet_sd.models.adapter import lora_pairs, make_trainable
 from iet_sd.models.loading import load_components
 from tests.pipelines import RESOLUTION
+
+BUCKETS = {"aspect_ratio_buckets": "32,32;24,40;40,24"}
 
 
 @pytest.fixture
@@ -80,3 +84,15 @@ def train(settings, trainer_for):
         return {k: p.detach().clone() for k, p in trainer.parameters.items()}, events
 
     return run
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A folder of 16 pictures of three shapes."""
+    root = tmp_path_factory.mktemp("shapes")
+    for number in range(16):
+        size = (*[(40, 40), (30, 50), (50, 30)][number % 3], 3)
+        pixels = np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"{number:02d}.png")
+        (root / f"{number:02d}.txt").write_text(f"a cat {number}")
+    return {"train_data_dir": str(root), **BUCKETS}
