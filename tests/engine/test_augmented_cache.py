@@ -12,7 +12,7 @@ from iet_sd.data.shards import Visit
 from iet_sd.data.sources import load_source
 from iet_sd.engine.caching import choose
 from iet_sd.errors import UserError
-from tests.engine.test_caching import FITTING, prepare, tables
+from tests.engine.preparing import FITTING, prepare, tables
 
 STRONG = [Augmentation(float(m), 2, "gentle", 3) for m in (9, 10)]
 
