@@ -8,6 +8,7 @@ from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_eq
 from benchmarks.efficacy.methods import COMMANDS
 from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
 from benchmarks.efficacy.places import Place
+from benchmarks.efficacy.skipped import in_words
 from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import BUDGETS, MEASURES, TITLES, interval
 
@@ -28,7 +29,7 @@ _ABOUT = {
 def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
     """A list: is the goal reached, which parts help, where the best method loses, what to set."""
     judged = goals(places)
-    points = [*_about_the_goal(judged), *_which_parts(found)]
+    points = [*_about_the_goal(judged), *_which_parts(found), *in_words(places)]
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]

@@ -92,13 +92,16 @@ def argv_of(flags: Mapping[str, Any]) -> list[str]:
 
 def run(cell: Cell, protocol: Protocol, work_dir: Path, results: Path) -> int:
     """Train, measure, and write the result; the exit status. Nothing is done twice."""
+    from safetensors.torch import load_file
+
     from benchmarks.efficacy import beyond, controls
     from benchmarks.efficacy import results as files
     from benchmarks.efficacy.encoding import encode_each_once
     from benchmarks.efficacy.readings import StudyProbe, probe_config
-    from benchmarks.efficacy.settings import copies_of, prepare
+    from benchmarks.efficacy.settings import copies_of, prepare, skips_of
     from iet_sd import probing
     from iet_sd.cli.train import train
+    from iet_sd.engine import checkpoint
 
     rows, once = prepare(cell.setting, protocol, work_dir)
     folder = work_dir / "cells" / f"{cell.name}-{protocol.fingerprint}"
@@ -117,7 +120,10 @@ def run(cell: Cell, protocol: Protocol, work_dir: Path, results: Path) -> int:
     flags = flags_of(cell, protocol) | probe_config(protocol)
     status = train(argv_of(places | SPEED | flags))
     if status == 0:
-        files.write(cell, protocol, flags, copies_of(once), folder, results)
+        last = checkpoint.find(folder / "output", "latest")
+        skips_N = load_file(last.folder / "samples.safetensors")["skips"].tolist()
+        skips = skips_of(rows, skips_N)
+        files.write(cell, protocol, flags, copies_of(once), skips, folder, results)
         shutil.rmtree(folder)
     return status
 

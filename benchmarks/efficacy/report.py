@@ -22,6 +22,7 @@ from benchmarks.efficacy.parts import Finding, findings, parts_table
 from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
+from benchmarks.efficacy.skipped import skipped_table
 from benchmarks.efficacy.study import SEEDS, STUDIES, TUNING_SEED
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table
@@ -49,7 +50,7 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
         judged = goals(compared)
         parts += [f"## In short\n\n{answers(compared, found)}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
-        parts += [_parts(found), _all_methods(compared)]
+        parts += [_parts(found), _skipped(compared), _all_methods(compared)]
     parts += [_how(known, protocol), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")
@@ -106,6 +107,18 @@ def _parts(found: Sequence[Finding]) -> str:
         "settings. *Helps*, *trades* and *hurts* are of excess similarity at equal held-out loss, "
         f"by the {MEAN_OF_LEVELS} of the gain; see above. [All numbers]({PAGES}/parts.md).\n\n"
         f"{parts_table(found)}"
+    )
+
+
+def _skipped(compared: Sequence[Place]) -> str:
+    table = skipped_table(compared)
+    if not table:
+        return ""
+    return (
+        "## What AGC skips\n\nHow often an image is skipped, as a share of its visits, and what "
+        "goes with that: rank correlations over images, with three numbers of plain runs of the "
+        "same seeds. Above 0, images that have more of it are skipped more often. Only of runs "
+        f"since skips are kept with a result.\n\n{table}"
     )
 
 

@@ -36,7 +36,8 @@ class Result:
     protocol: dict[str, Any]
     about: dict[str, Any]
     """prompts, prompt_ids, copies of each prompt's image, train_ids, heldout_similarity, flags,
-    versions."""
+    versions; since that is kept, of one model, skipped: the share of the visits to each training
+    image at which it was."""
     rows: list[dict[str, Any]]
 
     def column(self, name: str) -> np.ndarray:
@@ -49,10 +50,14 @@ def write(
     protocol: Protocol,
     flags: Mapping[str, Any],
     copies: Mapping[str, int],
+    skips: Mapping[str, int],
     folder: Path,
     results: Path,
 ) -> Path:
-    """Write what a finished run left in ``folder``; the file appears whole."""
+    """Write what a finished run left in ``folder``; the file appears whole.
+
+    ``copies`` and ``skips`` of each training image, all rows of it together.
+    """
     about = json.loads((folder / "readings" / "about.json").read_text())
     about["copies"] = [copies[name] for name in about["prompt_ids"]]
     about["flags"] = {name: _as_json(value) for name, value in flags.items()}
@@ -64,6 +69,10 @@ def write(
     }
     rows = rows_of(lines, readings)
     last = rows[-1]
+    # Redistribution begins to count anew.
+    if cell.num_shards == 1:
+        visits = last["scored"] / sum(copies.values())
+        about["skipped"] = [skips[name] / (visits * copies[name]) for name in about["train_ids"]]
     for row in rows:
         for name in _PICTURES:
             is_kept = cell.seed == SHOWN_SEED and (name == "pictures" or row is last)

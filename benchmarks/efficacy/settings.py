@@ -5,6 +5,7 @@ alike, and the nearest training image of a picture is one image and not one of i
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from iet_sd.files import atomic_folder
 READ_SEED = 0
 """Of the choice of images, prompts and noise, whatever the seed of training is."""
 TWEMOJI = "emoji-datasource-twitter@16.0.0"
+_COPY = " copy "
 _FEATURES = Features(
     {
         "image": Image(),
@@ -52,7 +54,7 @@ def _make(setting: str, protocol: Protocol, work_dir: Path, folder: Path) -> Non
     often = _often(train, protocol) if setting == "duplicated" else set()
     once = [row | {"copies": protocol.copies if row["sample_id"] in often else 1} for row in train]
     rows = [
-        row | {"sample_id": f"{row['sample_id']}{f' copy {n}' if n else ''}"}
+        row | {"sample_id": f"{row['sample_id']}{f'{_COPY}{n}' if n else ''}"}
         for row in once
         for n in range(row["copies"])
     ]
@@ -66,6 +68,15 @@ def copies_of(once: Path) -> dict[str, int]:
     """How many rows each training image has, by its ``sample_id``."""
     table = load_dataset("parquet", data_files=str(once / "*.parquet"), split="train")
     return dict(zip(table["sample_id"], table["copies"], strict=True))
+
+
+def skips_of(rows: Path, skips_N: Sequence[int]) -> dict[str, int]:
+    """Skips of each training image, by its ``sample_id``, of those of each row."""
+    table = load_dataset("parquet", data_files=str(rows / "train-*.parquet"), split="train")
+    found: Counter[str] = Counter()
+    for name, skips in zip(table["sample_id"], skips_N, strict=True):
+        found[name.partition(_COPY)[0]] += skips
+    return dict(found)
 
 
 def _often(train: list[dict[str, Any]], protocol: Protocol) -> set[str]:

@@ -14,6 +14,8 @@ from benchmarks.efficacy import results, runner, settings, study
 from benchmarks.efficacy.methods import METHODS, Method
 from benchmarks.efficacy.protocol import ROOT, Protocol
 from benchmarks.efficacy.study import Cell
+from iet_sd.config import DataConfig
+from iet_sd.data.sources import load_source
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +99,12 @@ def test_duplicated_images_are_rows_of_their_own_and_all_are_drawn(duplicated, p
 
     table = load_dataset("parquet", data_dir=str(rows), split="train")
     assert len(table) == len(set(table["sample_id"])) == 10 + 2 * 3
+    # What is counted by rows, in the order in which training has them, is told by images.
+    ids = load_source(DataConfig(train_data_dir=str(rows), heldout_split="test")).sample_ids
+    counted = settings.skips_of(rows, range(16))
+    for name, copies in settings.copies_of(once).items():
+        numbers = [n for n, row in enumerate(ids) if row.split(" copy ")[0] == name]
+        assert (len(numbers), sum(numbers)) == (copies, counted[name])
 
 
 def test_cells_that_start_together_make_their_data_once(protocol, tmp_path, monkeypatch):
@@ -140,25 +148,35 @@ def test_a_killed_cell_goes_on_to_the_same_numbers(duplicated, protocol, tmp_pat
 def test_a_run_does_what_is_missing_and_no_more(duplicated, protocol, monkeypatch):
     result, work = duplicated
     folder = work / "results"
-    cells = [result.cell, replace(result.cell, method="plain", num_shards=1, seed=1)]
+    flags = (("agc_threshold", 1.0), ("bank_bins", 1))
+    cells = [result.cell, replace(result.cell, method="agc", num_shards=1, seed=1, flags=flags)]
     monkeypatch.setitem(study.STUDIES, "two", lambda rate: iter(cells))
     begun, start = [], runner.start
     monkeypatch.setattr(runner, "start", lambda cell, *to: begun.append(cell) or start(cell, *to))
     assert runner.run("two", protocol, work, folder) == 0
     assert begun == cells[1:]
-    plain = results.read_all(folder, protocol)[cells[1]]
+    agc = results.read_all(folder, protocol)[cells[1]]
     # One model is read more often at first.
-    assert plain.column("updates").tolist() == [0, 2, 4, 8, 16]
+    assert agc.column("updates").tolist() == [0, 2, 4, 8, 16]
     # Before training all are one, and it is measured once.
-    assert plain.rows[0]["heldout_loss"] == result.rows[0]["heldout_loss"]
-    assert plain.rows[0]["read_seconds"] == result.rows[0]["read_seconds"]
-    assert plain.rows[-1]["heldout_loss"] != result.rows[-1]["heldout_loss"]
+    assert agc.rows[0]["heldout_loss"] == result.rows[0]["heldout_loss"]
+    assert agc.rows[0]["read_seconds"] == result.rows[0]["read_seconds"]
+    assert agc.rows[-1]["heldout_loss"] != result.rows[-1]["heldout_loss"]
     # Pictures are kept of one seed alone.
-    assert (len(result.rows[0]["pictures"]), plain.rows[0]["pictures"]) == (protocol.shown, [])
+    assert (len(result.rows[0]["pictures"]), agc.rows[0]["pictures"]) == (protocol.shown, [])
+    # Of one model it is known which images were skipped, all rows of each together.
+    copies = settings.copies_of(settings.prepare("duplicated", protocol, work)[1])
+    copies_N = np.array([copies[name] for name in agc.about["train_ids"]])
+    shares_N, last = np.array(agc.about["skipped"]), agc.rows[-1]
+    skips_N = shares_N * last["scored"] / copies_N.sum() * copies_N
+    assert np.allclose(skips_N, skips_N.round())
+    assert skips_N.sum() == pytest.approx(last["skipped"])
+    assert 0 < last["skipped"] < last["scored"]
+    assert "skipped" not in result.about
     assert runner.run("two", protocol, work, folder) == 0
     assert len(begun) == 1
     # Results of other settings than today's, or of another protocol, do not count.
-    monkeypatch.setitem(METHODS, "plain", Method("plain", {**METHODS["plain"].flags, "rank": 5}, 1))
+    monkeypatch.setitem(METHODS, "agc", Method("agc", {**METHODS["agc"].flags, "rank": 5}, 1))
     assert runner.missing("two", protocol, folder) == cells[1:]
     assert runner.missing("two", replace(protocol, guidance_scale=3.0), folder) == cells
 

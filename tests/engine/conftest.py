@@ -86,7 +86,7 @@ def train(settings, trainer_for):
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def shapes(tmp_path_factory):
     """A folder of 16 pictures of three shapes."""
     root = tmp_path_factory.mktemp("shapes")

@@ -11,7 +11,7 @@ def loader(pipelines):
     return Loader(pipelines["sd1"])
 
 
-@pytest.fixture(scope="module", params=["sd1", "sd2"])
+@pytest.fixture(scope="session", params=["sd1", "sd2"])
 def reference(request, pipelines, tmp_path_factory):
     """Folder of a pipeline, and its images, drawn one by one."""
     folder = pipelines[request.param]

@@ -1,0 +1,120 @@
+"""Which images AGC skips: those that are easy anyway, or those that training memorizes?
+
+By rank correlations (Spearman 1904) over images. Letters in shapes: P prompts, each of a training
+image of its own, whose losses are taken too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+
+from benchmarks.efficacy.places import Place
+from benchmarks.efficacy.results import Result
+from benchmarks.efficacy.tables import Seeds, as_table, interval, is_often
+from iet_sd.evaluation.statistics import Estimate, bootstrap
+
+WITH: Mapping[str, Callable[[Result], np.ndarray]] = {
+    "its loss before training": lambda plain: plain.column("train_loss")[0],
+    "how far plain training lowers its loss, as a ratio": lambda plain: (
+        -np.log(plain.column("train_loss")[-1] / plain.column("train_loss")[0])
+    ),
+    "how much more plain's picture of its caption resembles it in the end": lambda plain: np.diff(
+        plain.column("own_similarity_pixels")[[0, -1]], axis=0
+    )[0],
+}
+"""What may go with how often an image is skipped: of a plain run, (P,)."""
+
+
+def kept(place: Place) -> dict[str, Seeds]:
+    """Methods that skip, as far as it is known whom, beside plain runs of the same seeds."""
+    found = {}
+    for label in place.paired:
+        runs = {seed: place.others[label][seed] for seed in place.seeds(label)}
+        runs = {seed: run for seed, run in runs.items() if any(run.about.get("skipped", ()))}
+        if runs:
+            found[label] = runs
+    return found
+
+
+def skipped_of(result: Result) -> np.ndarray:
+    """How often the image of each prompt is skipped, as a share of its visits: (P,)."""
+    shares = dict(zip(result.about["train_ids"], result.about["skipped"], strict=True))
+    return np.array([shares[name] for name in result.about["prompt_ids"]])
+
+
+def correlations(runs: Seeds, plain: Seeds) -> dict[str, Estimate]:
+    """With each of `WITH`, means over seeds, and intervals over images."""
+    skipped_P = np.mean([skipped_of(run) for run in runs.values()], axis=0)
+    found = {}
+    for title, of in WITH.items():
+        beside_P = np.mean([of(plain[seed]) for seed in runs], axis=0)
+        found[title] = bootstrap(_rank_correlation, np.column_stack([skipped_P, beside_P]))
+    return found
+
+
+def skipped_table(places: Sequence[Place]) -> str:
+    """A row a method whose skips are known; nothing of none."""
+    head = ["data", "method", "n", "skipped, of all visits", "of images: 5th to 95th percentile"]
+    head += ["images shown once, and often", *WITH]
+    rows = [head, ["---"] * len(head)]
+    for place in places:
+        for label, runs in kept(place).items():
+            all_N = np.mean([run.about["skipped"] for run in runs.values()], axis=0)
+            low, high = np.percentile(all_N, [5, 95])
+            last = [run.rows[-1] for run in runs.values()]
+            share = sum(row["skipped"] for row in last) / sum(row["scored"] for row in last)
+            numbers = correlations(runs, place.plain).values()
+            rows.append(
+                [
+                    f"{place.setting}, {place.mode}",
+                    label,
+                    str(len(runs)),
+                    f"{share:.0%}",
+                    f"{low:.0%} to {high:.0%}",
+                    _by_copies(runs),
+                    *(interval(each, "{:+.2f}") for each in numbers),
+                ]
+            )
+    return as_table(rows) if len(rows) > 2 else ""
+
+
+def in_words(places: Sequence[Place], label: str = "agc") -> list[str]:
+    """A point: what goes with the skips of a method, if they are known."""
+    known = [(place, kept(place)[label]) for place in places if label in kept(place)]
+    if not known:
+        return []
+    found = [correlations(runs, place.plain) for place, runs in known]
+    with_each = (
+        f"with {title} by {', '.join(interval(each[title], '{:+.2f}') for each in found)}"
+        for title in WITH
+    )
+    names = ", ".join(f"{place.setting} {len(runs)}" for place, runs in known)
+    often = [
+        f"{_by_copies(runs)} of the visits to images shown once, and often"
+        for place, runs in known
+        if place.setting == "duplicated"
+    ]
+    more = f"; it skips {often[0]}" if often else ""
+    return [
+        f"**What AGC skips**, `{label}` ({names} seeds): how often an image is skipped goes, as a "
+        f"rank correlation over images, {'; '.join(with_each)}{more}."
+    ]
+
+
+def _by_copies(runs: Seeds) -> str:
+    """Shares skipped of images that are there once, and of those that are there often."""
+    first = next(iter(runs.values()))
+    often_P = is_often(first)
+    if not often_P.any():
+        return ""
+    skipped_P = np.mean([skipped_of(run) for run in runs.values()], axis=0)
+    return f"{skipped_P[~often_P].mean():.0%}, {skipped_P[often_P].mean():.0%}"
+
+
+def _rank_correlation(pairs_P2: np.ndarray) -> float:
+    """0 where one of the two is the same for all."""
+    ranks_P2 = rankdata(pairs_P2, axis=0)
+    if not np.ptp(ranks_P2, axis=0).all():
+        return 0.0
+    return float(np.corrcoef(ranks_P2.T)[0, 1])
