@@ -142,15 +142,20 @@ class Reporter:
     def _show_shard(self, event: ShardDone) -> None:
         self.steps.reset()
         if self.config.method.step_unit == "update" and event.counts.updates < self.steps.total:
+            counts = event.counts
+            advice = "Lower --agc_threshold."
+            if not counts.skipped:
+                advice = "Look for overflows: lower --learning_rate, or train in bf16 or fp32."
             logger.warning(
                 "round %d, shard %d ended after %d of %d updates: of %d samples %d were skipped. "
-                "Lower --agc_threshold.",
+                "%s",
                 event.round,
                 event.shard,
-                event.counts.updates,
+                counts.updates,
                 self.steps.total,
-                event.counts.scored,
-                event.counts.skipped,
+                counts.scored,
+                counts.skipped,
+                advice,
             )
 
     def _show_round(self, event: RoundDone) -> None:

@@ -46,7 +46,6 @@ class Proxy:
         self._store = store
         self._store[shard] = {}
         self.parameters = dict(parameters)
-        self.device = device
         groups = parameter_groups(self.parameters, learning_rate, text_encoder_lr)
         self.optimizer = make_optimizer(groups, config, learning_rate)
         self.lr_scheduler = get_scheduler(
@@ -85,7 +84,7 @@ class Proxy:
             or no_moments(self.optimizer, self.parameters),
         )
         own = part(waiting, EMA) or _copies(average or {})
-        self.ema = ema.placed(own, self.device, self._offload_ema)
+        self.ema = ema.placed(own, self.parameters, self._offload_ema)
 
     def leave(self) -> Tensors:
         """Hand the live parameters back; returns all there is to `keep`, or drop."""
@@ -143,11 +142,15 @@ class Proxy:
     def overflowed(self) -> bool:
         """Drop a gradient that is not finite; returns whether fp16 explains it.
 
-        The loss scale is then lowered instead.
+        The loss scale is then lowered instead. It is no explanation where there is none to lower:
+        halved for ever it would be 0, and no gradient finite any more.
         """
         self.drop_gradient()
         self.scaler.update()
-        return self.scaler.is_enabled()
+        if not self.scaler.is_enabled() or self.scaler.get_scale() >= 1:
+            return self.scaler.is_enabled()
+        self.scaler.update(1.0)
+        return False
 
     def update_with_zero_gradient(self) -> None:
         """The authors' update after a batch with nothing kept: moments and decay still act."""

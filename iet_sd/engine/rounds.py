@@ -163,6 +163,7 @@ class Trainer:
             )
         )
         may_leave_out = method.agc or training.on_nonfinite == "skip_batch"
+        may_leave_out |= training.mixed_precision == "fp16"  # whose loss scale is found by trying
         limit = self.steps_per_round * (MAX_STEPS_PER_UPDATE if may_leave_out else 1)
         while self.steps_done(total) < self.steps_per_round and total.steps < limit:
             # The one use of a global generator is dropout inside the model.
@@ -242,9 +243,10 @@ class Trainer:
         elif proxy.clip_gradient(per_update / len(trained)):
             proxy.update()
             counts.updates = 1
-        elif not proxy.overflowed():
-            on_nonfinite("gradient", trained)
-            counts.nonfinite += 1
+        else:
+            if not proxy.overflowed():
+                on_nonfinite("gradient", trained)
+                counts.nonfinite += 1
             counts.trained, counts.augmented, counts.strength_sum = 0, 0, 0.0
         return counts
 

@@ -241,12 +241,32 @@ def test_a_second_pass_of_both_kinds_is_left_out_whole(purpose, settings, traine
 
 
 def test_an_overflow_of_fp16_stays_what_it_is(settings, trainer_for):
-    """The loss scale is lowered and the update left out, whatever --on_nonfinite says."""
+    """The loss scale is lowered and another step makes the update, whatever --on_nonfinite says."""
     trainer, state = trainer_for(settings(**PLAIN, mixed_precision="fp16", max_grad_norm=1e9))
     poison_gradients(trainer, math.inf)
     scale = state.proxies[0].scaler.get_scale()
     done = next(event for event in trainer.run(state) if isinstance(event, ShardDone))
     assert done.counts.nonfinite == 0
-    assert done.counts.updates < done.counts.steps == 5
+    assert done.counts.updates == 5 < done.counts.steps
+    # What an overflow lost was not trained.
+    assert done.counts.trained == 5 / done.counts.steps * done.counts.scored
     assert state.proxies[0].scaler.get_scale() < scale
     assert all(p.isfinite().all() for p in trainer.parameters.values())
+
+
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip_batch"])
+def test_a_gradient_that_no_loss_scale_mends_is_no_overflow(on_nonfinite, settings, trainer_for):
+    """Else the scale would be halved until it is 0, and no update could ever follow."""
+    config = settings(**PLAIN, mixed_precision="fp16", on_nonfinite=on_nonfinite)
+    trainer, state = trainer_for(config)
+    first = next(iter(trainer.parameters.values()))
+    first.register_hook(lambda gradient: gradient * math.nan)
+    run = trainer.run(state)
+    if on_nonfinite == "stop":
+        with pytest.raises(UserError, match="gradient is not finite in round 1, shard 0, step 17,"):
+            list(run)
+        return
+    done = next(event for event in run if isinstance(event, ShardDone))
+    assert done.counts.updates == done.counts.trained == 0
+    assert done.counts.nonfinite == done.counts.steps - 16
+    assert state.proxies[0].scaler.get_scale() == 1
