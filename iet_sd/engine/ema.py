@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import Parameter
 
+from iet_sd.engine.optimizer import beside
 from iet_sd.engine.store import Tensors
 
 MAX_DECAY = 0.9999
@@ -43,9 +44,12 @@ def follow(
             average[name].copy_(tensor)  # of a tensor into itself: does nothing
 
 
-def placed(average: Tensors, device: torch.device, offload: bool) -> Tensors:
-    """The average where it is updated: on ``device``, or on the CPU in memory that a GPU reads."""
+def placed(average: Tensors, parameters: Mapping[str, Parameter], offload: bool) -> Tensors:
+    """The average where it is updated: beside the parameters, or in memory that a GPU reads."""
     if not offload:
-        return {name: tensor.to(device) for name, tensor in average.items()}
-    pin = device.type == "cuda"
-    return {name: tensor.pin_memory() if pin else tensor for name, tensor in average.items()}
+        # Laid out alike, else one call for all tensors would be one for each.
+        return {name: beside(parameters[name], tensor) for name, tensor in average.items()}
+    return {
+        name: tensor.pin_memory() if parameters[name].is_cuda else tensor
+        for name, tensor in average.items()
+    }

@@ -77,7 +77,7 @@ def put_state(
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
         if value.ndim or (counts_on_device and value.is_floating_point()):
-            remembered = _beside(parameter, value)
+            remembered = beside(parameter, value)
         else:
             remembered = value if value.is_floating_point() else int(value)
         optimizer.state[parameter][entry] = remembered
@@ -112,7 +112,7 @@ def on_cpu(tensors: Mapping[str, Tensor], copy: bool = False) -> Tensors:
     return found
 
 
-def _beside(parameter: Parameter, value: Tensor) -> Tensor:
+def beside(parameter: Parameter, value: Tensor) -> Tensor:
     """``value`` on the parameter's device, and as that lies in memory if it is of its shape.
 
     A kernel that goes through both by address takes it for granted.

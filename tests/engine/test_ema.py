@@ -73,12 +73,22 @@ def test_an_update_is_that_of_diffusers_bit_for_bit(foreach):
 def test_an_average_on_another_device_is_updated_where_it_lies(foreach):
     """``meta`` stands for the GPU: tensors go there for the arithmetic and are copied back."""
     parameters = {name: torch.nn.Parameter(p.to("meta")) for name, p in live().items()}
-    average = ema.placed(
-        {name: p.detach() for name, p in live().items()}, torch.device("cpu"), True
-    )
+    average = ema.placed({name: p.detach() for name, p in live().items()}, parameters, True)
     with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
         ema.follow(average, parameters, 1, foreach)
     assert all(tensor.device.type == "cpu" for tensor in average.values())
+
+
+def test_an_average_lies_in_memory_as_its_parameter_does():
+    """Else the kernel for lists of tensors is none: it wants the strides of all to be the same."""
+    weight = torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)
+    parameters = {"a": torch.nn.Parameter(weight), "b": torch.nn.Parameter(torch.randn(3))}
+    waiting = {name: torch.randn(p.shape) for name, p in parameters.items()}
+    average = ema.placed(waiting, parameters, False)
+    assert equal(average, waiting)
+    assert {n: t.stride() for n, t in average.items()} == {
+        n: p.stride() for n, p in parameters.items()
+    }
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["one by one", "foreach"])
