@@ -60,10 +60,12 @@ class ModelConfig:
     differently. Default: on a CUDA GPU."""
     torch_compile: bool = False
     """Compile the UNet (torch.compile): minutes at the start, faster steps, rounded differently, so
-    that a resumed run is the same to rounding only. Needs a C++ compiler, on a GPU also Triton."""
-    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"
-    """How torch.compile goes about it: reduce-overhead and max-autotune use CUDA graphs (more
-    memory), and max-autotune tries out kernels, which takes longer to start."""
+    that on a CPU too a resumed run is the same to rounding only. Needs a C++ compiler, on a GPU
+    also Triton."""
+    torch_compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """How torch.compile goes about it: max-autotune-no-cudagraphs tries out kernels, which takes
+    longer to start. Modes with CUDA graphs would write over a gradient where an update has several
+    backward passes."""
 
     def __post_init__(self) -> None:
         positive(self, "rank", "lora_alpha")

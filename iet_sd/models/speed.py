@@ -7,6 +7,9 @@ from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
 from iet_sd.models.loading import Components
 
+GRAPHS = 64
+"""That torch.compile may make of the UNet; beyond them it would run uncompiled."""
+
 
 def check_compile(config: ModelConfig, device: torch.device) -> None:
     """`UserError` when ``torch_compile`` is asked for and cannot work here; needs no model.
@@ -38,6 +41,8 @@ def place(components: Components, config: ModelConfig, device: torch.device) -> 
         channels_last = device.type == "cuda"
     components.to(device, torch.channels_last if channels_last else torch.preserve_format)
     if config.torch_compile:
+        # Each size of image and of batch has graphs of its own, with gradient and without.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
         components.unet.compile(mode=config.torch_compile_mode)
 
 

@@ -1,13 +1,16 @@
 """What makes a run faster changes no more than rounding, and nothing of what is saved."""
 
 import shutil
+from typing import get_args
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
+from iet_sd.models import speed
 from iet_sd.models.saving import save_result
 from iet_sd.models.speed import check_compile, place
 from tests.compare import equal
@@ -118,9 +121,26 @@ def test_what_compilation_lacks_is_said_in_one_line(settings):
         check_compile(settings().model, CPU)
 
 
+def test_no_way_to_compile_writes_over_a_gradient():
+    """CUDA graphs do: an update may have several backward passes, which add to one gradient."""
+    modes = get_args(ModelConfig.__annotations__["torch_compile_mode"])
+    assert "default" in modes
+    for mode in modes:
+        assert not torch._inductor.list_mode_options(mode).get("triton.cudagraphs")
+
+
+def test_sizes_and_passes_have_graphs_of_their_own(settings, placed, monkeypatch):
+    """More than the 8 that there may be otherwise, and not fewer than someone has set."""
+    config = torch._dynamo.config
+    for before, after in ((8, speed.GRAPHS), (1000, 1000)):
+        monkeypatch.setattr(config, "recompile_limit", before)
+        placed(settings(torch_compile=True))
+        assert config.recompile_limit == after
+
+
 def test_how_to_compile_needs_compilation(settings):
     with pytest.raises(UserError, match="--torch_compile_mode says how --torch_compile works"):
-        settings(torch_compile_mode="max-autotune")
+        settings(torch_compile_mode="max-autotune-no-cudagraphs")
 
 
 @pytest.mark.slow
