@@ -8,7 +8,7 @@ from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_eq
 from benchmarks.efficacy.methods import COMMANDS
 from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
 from benchmarks.efficacy.places import Place
-from benchmarks.efficacy.skipped import in_words
+from benchmarks.efficacy.skipped import WITH, by_copies, correlations, kept
 from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import BUDGETS, MEASURES, TITLES, interval
 
@@ -29,7 +29,7 @@ _ABOUT = {
 def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
     """A list: is the goal reached, which parts help, where the best method loses, what to set."""
     judged = goals(places)
-    points = [*_about_the_goal(judged), *_which_parts(found), *in_words(places)]
+    points = [*_about_the_goal(judged), *_which_parts(found), *_what_is_skipped(places)]
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]
@@ -108,6 +108,28 @@ def _which_parts(found: Sequence[Finding]) -> list[str]:
         + "."
         for word in _ABOUT
         if word in said
+    ]
+
+
+def _what_is_skipped(places: Sequence[Place], label: str = "agc") -> list[str]:
+    """What goes with the skips of a method, where they are known."""
+    known = [(place, kept(place)[label]) for place in places if label in kept(place)]
+    if not known:
+        return []
+    found = [correlations(runs, place.plain) for place, runs in known]
+    numbers = (
+        f"{title} ({', '.join(interval(each[title], '{:+.2f}') for each in found)})"
+        for title in WITH
+    )
+    names, seeds = zip(*((place.setting, str(len(runs))) for place, runs in known), strict=True)
+    often = [
+        f" Of the visits to images that are there once, and often, it skips {shares}."
+        for _, runs in known
+        if (shares := by_copies(runs))
+    ]
+    return [
+        f"**What `{label}` skips** on {_join(names)} (n = {', '.join(seeds)}): how often an image "
+        f"is skipped goes, by rank correlation, with {'; with '.join(numbers)}.{''.join(often)}"
     ]
 
 

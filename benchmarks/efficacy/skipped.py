@@ -72,38 +72,15 @@ def skipped_table(places: Sequence[Place]) -> str:
                     str(len(runs)),
                     f"{share:.0%}",
                     f"{low:.0%} to {high:.0%}",
-                    _by_copies(runs),
+                    by_copies(runs),
                     *(interval(each, "{:+.2f}") for each in numbers),
                 ]
             )
     return as_table(rows) if len(rows) > 2 else ""
 
 
-def in_words(places: Sequence[Place], label: str = "agc") -> list[str]:
-    """A point: what goes with the skips of a method, if they are known."""
-    known = [(place, kept(place)[label]) for place in places if label in kept(place)]
-    if not known:
-        return []
-    found = [correlations(runs, place.plain) for place, runs in known]
-    with_each = (
-        f"with {title} by {', '.join(interval(each[title], '{:+.2f}') for each in found)}"
-        for title in WITH
-    )
-    names = ", ".join(f"{place.setting} {len(runs)}" for place, runs in known)
-    often = [
-        f"{_by_copies(runs)} of the visits to images shown once, and often"
-        for place, runs in known
-        if place.setting == "duplicated"
-    ]
-    more = f"; it skips {often[0]}" if often else ""
-    return [
-        f"**What AGC skips**, `{label}` ({names} seeds): how often an image is skipped goes, as a "
-        f"rank correlation over images, {'; '.join(with_each)}{more}."
-    ]
-
-
-def _by_copies(runs: Seeds) -> str:
-    """Shares skipped of images that are there once, and of those that are there often."""
+def by_copies(runs: Seeds) -> str:
+    """Shares skipped of images that are there once, and of those that are often, if any are."""
     first = next(iter(runs.values()))
     often_P = is_often(first)
     if not often_P.any():

@@ -73,9 +73,9 @@ def test_the_report_says_it_where_it_is_known(report_of):
         "25% to 75%",
         "25%, 75%",
     ]
-    point = "skips 25%, 75% of the visits to images shown once, and often."
-    assert point in made.section("In short")
-    assert "`agc` (duplicated 1 seeds)" in made.section("In short")
+    short = made.section("In short")
+    assert "**What `agc` skips** on duplicated (n = 1): " in short
+    assert "visits to images that are there once, and often, it skips 25%, 75%." in short
     # Of runs from before it was kept, or of methods that skip nothing.
     del agc.about["skipped"]
     plain.about["skipped"] = [0.0] * 21
