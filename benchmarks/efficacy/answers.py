@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from benchmarks.efficacy.analysis import AtBudget, verdict
 from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_equal_updates
 from benchmarks.efficacy.methods import COMMANDS
@@ -10,7 +12,7 @@ from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES,
 from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.skipped import WITH, by_copies, correlations, kept
 from benchmarks.efficacy.study import WEIGHTS
-from benchmarks.efficacy.tables import BUDGETS, MEASURES, TITLES, interval
+from benchmarks.efficacy.tables import BUDGETS, MEAN_OF_LEVELS, MEASURES, TITLES, interval
 
 SIGNS = ("p95", "excess_edges", "own", "gap")
 """Of `tables.MEASURES`, beside the mean excess by pixels."""
@@ -33,6 +35,7 @@ def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]
+    points.append(_names())
     return "\n".join(f"- {point}" for point in points) + "\n"
 
 
@@ -62,7 +65,11 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
     )
     if not judged:
         return [f"{goal}: nothing has been run on all data sets yet."]
-    reached = sorted((each for each in judged if each.is_reached), key=lambda g: len(g.spoils_on))
+    all_reached = [each for each in judged if each.is_reached]
+    by_spoilt = [_name(each) for each in all_reached if each.is_spoilt]
+    reached = sorted(
+        (each for each in all_reached if not each.is_spoilt), key=lambda g: len(g.spoils_on)
+    )
     clean = [_name(each) for each in reached if not each.spoils_on]
     spoilt = [_name(each, each.spoils_on) for each in reached if each.spoils_on]
     missed = [_name(each) for each in judged if not each.is_reached]
@@ -74,24 +81,54 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
     if spoilt:
         said += ". With a KID surely worse than plain's, on the data named, it is reached by "
         said += ", ".join(spoilt)
+    if by_spoilt:
+        said += (
+            f". By {', '.join(by_spoilt)} with spoilt pictures: KID (edges) ends worse than before "
+            "training on all data"
+        )
     if missed:
         said += f". Not by {', '.join(missed)}"
+    sure = [_name(each) for each in reached if each.is_sure]
+    said += f". Shares are judged by their value; the whole interval is above {GOAL:.1%} on all "
+    said += f"data for {', '.join(sure) or 'none of them'}"
     points = [f"{goal}, {said}."]
     for each in reached or [best(judged)]:
         ends = [place.at_budget(each.label) for place in each.places]
         compared = [place.compare(each.label) for place in each.places]
-        scores = [place.at_budget(each.label, "p95") for place in each.places]
+        scores = [_scores(place, each.label) for place in each.places]
         gains = (interval(c.area, "{:+.4f}") if c else "none" for c in compared)
         plain = (f"{end.first.value:+.3f}" for end in ends)
         seeds = (str(len(place.seeds(each.label))) for place in each.places)
         points.append(
             f"{_name(each)} on {_join(place.setting for place in each.places)} (n = "
-            f"{', '.join(seeds)}): {_shares(ends)} less than plain at equal updates, and "
-            f"{_shares(scores)} by the excess of the paper's score, the 95th percentile. At equal "
-            f"held-out loss it is {', '.join(gains)} less, where a whole plain run ends at "
-            f"{', '.join(plain)}."
+            f"{', '.join(seeds)}): {_shares(ends)} less than plain at equal updates. The 95th "
+            "percentile of similarity, the paper's score but for the features, is "
+            f"{', '.join(scores)}. At equal held-out loss excess is {', '.join(gains)} less, as a "
+            f"{MEAN_OF_LEVELS} of the gain, where a whole plain run ends at {', '.join(plain)}; "
+            f"at all of the gain, the best loss that both reach, {_at_best(each)}."
         )
     return points
+
+
+def _scores(place: Place, label: str) -> str:
+    """The score of plain and of a method at equal updates, and of held-out images."""
+    heldout = next(iter(place.plain.values())).about["heldout_similarity"]["pixels"]
+    base, end = np.percentile(heldout, 95), place.at_budget(label, "p95")
+    scores = (base + each.value for each in (end.first, end.second))
+    return "{:.2f} against plain's {:.2f} (held-out images: {:.2f})".format(
+        *reversed([*scores]), base
+    )
+
+
+def _at_best(goal: Goal) -> str:
+    """How much less it memorizes at the best held-out loss that it and plain reach."""
+    compared = [place.compare(goal.label) for place in goal.places]
+    return ", ".join(
+        f"{interval(c.levels[-1].difference, '{:+.3f}')} ({verdict(c.levels[-1].difference)})"
+        if c
+        else "none"
+        for c in compared
+    )
 
 
 def _which_parts(found: Sequence[Finding]) -> list[str]:
@@ -177,6 +214,12 @@ def _what_to_set(goal: Goal) -> str:
     command = COMMANDS.get(goal.label)
     flags = f"`{command}`" if command else _name(goal)
     return f"**What to set**: {flags}, and the round that `--keep_best` chooses by held-out images."
+
+
+def _names() -> str:
+    """What the names of methods are as flags."""
+    told = (f"`{label}` is `{command}`" for label, command in COMMANDS.items())
+    return f"**Names**: {'; '.join(told)}. What each does is told with all numbers."
 
 
 def _shares(ends: Sequence[AtBudget]) -> str:

@@ -16,6 +16,7 @@ from benchmarks.efficacy.tables import (
     as_table,
     at_place,
     interval,
+    scalar,
 )
 
 QUALITIES = ("heldout_loss", "kid_edges", "kid_pixels")
@@ -39,6 +40,18 @@ class Goal(NamedTuple):
     def is_reached(self) -> bool:
         """On all, by held-out loss."""
         return len(self.reached_on) == len(self.places)
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the share that is asked for is below the whole interval, on all."""
+        ends = [place.at_budget(self.label) for place in self.places]
+        return all(end.reduction is not None and end.reduction.low >= GOAL for end in ends)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether pictures end worse than before training on all data, by KID (edges)."""
+        runs = [place.others[self.label] for place in self.places]
+        return all(kid_R[-1] > kid_R[0] for kid_R in (scalar(each, "kid_edges") for each in runs))
 
     @property
     def spoils_on(self) -> list[Place]:
@@ -76,9 +89,16 @@ def goal_table(found: Sequence[Goal]) -> str:
     for each in found:
         seeds = ", ".join(str(len(place.seeds(each.label))) for place in each.places)
         said = (_two_numbers(place, each.label) for place in each.places)
-        reached = ("by held-out loss" if each.spoils_on else "yes") if each.is_reached else "no"
-        rows.append([each.mode, each.label, seeds, *said, reached])
+        rows.append([each.mode, each.label, seeds, *said, _reached(each)])
     return as_table(rows)
+
+
+def _reached(goal: Goal) -> str:
+    if not goal.is_reached:
+        return "no"
+    if goal.is_spoilt:
+        return "by spoilt pictures"
+    return "by held-out loss" if goal.spoils_on else "yes"
 
 
 def _two_numbers(place: Place, label: str) -> str:
@@ -189,4 +209,4 @@ def _quality(found: dict[str, AtBudget]) -> str:
     worse = [TITLES[name] for name, end in found.items() if end.better.high < 0]
     better = [TITLES[name] for name, end in found.items() if end.better.low > 0]
     parts = [f"{word} {' and '.join(w)}" for word, w in (("worse", worse), ("better", better)) if w]
-    return ", ".join(parts if worse else ["equal quality", *parts])
+    return ", ".join(parts if worse else ["no quality surely worse", *parts])

@@ -130,10 +130,15 @@ METHODS: dict[str, Method] = {
 
 COMMANDS = {
     "plain": "--method none",
+    "ema": "--method none --use_ema",
     "agc": "--method iet_agc --num_shards 1",
+    "agc_taa": "--method agc_taa --taa_operations randaugment",
     "agc_taa_gentle": "--method agc_taa",
     "agc_taa_gentle, agc_threshold 0.9": "--method agc_taa --preset strict",
     "agc_taa_gentle_ema, agc_threshold 0.9": "--method agc_taa --preset strict --use_ema",
+    "iet": "--method iet",
+    "iet_agc": "--method iet_agc",
+    "iet_agc_plus": "--method iet_agc_plus --taa_operations randaugment",
     "iet_agc_plus_gentle": "--method iet_agc_plus",
 }
 """What a user sets for a method, by label. The study differs in ``taa_min_batch``: 0, so that no

@@ -111,7 +111,7 @@ def _in_words(place: Place) -> str:
         kids = [at_place(each, place, "kid_edges") for each, place in pair]
         word = verdict(level.difference)
         if word == "less" and kids[1] > kids[0]:
-            word = "less, with worse pictures"
+            word = "less, with a higher KID"
         lines.append(
             f"- **{label}** (n = {len(comparison.seeds)}): {word}. Excess "
             f"similarity {level.second.value:+.3f} against plain's {level.first.value:+.3f} at "
@@ -263,8 +263,8 @@ def comparisons_page(places: Sequence[Place]) -> str:
         equal_quality_table(places),
         "## Against plain fine-tuning that has spent as much\n\nAs the paper compares, by updates; "
         "and by samples trained and by compute (FLOP of UNet and VAE in training, counted), each "
-        "where the one that spends less in all is at its end. *Equal quality*: by no measure is "
-        f"the method surely worse than plain. The paper's reduction is {GOAL:.1%}.\n",
+        "where the one that spends less in all is at its end. *No quality surely worse*: by no "
+        f"measure is the method surely worse than plain. The paper's reduction is {GOAL:.1%}.\n",
     ]
     for budget, title in BUDGETS.items():
         parts += [f"### {title[0].upper()}{title[1:]}\n", budget_table(places, budget)]

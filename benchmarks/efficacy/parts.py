@@ -128,7 +128,7 @@ def parts_table(found: Sequence[Finding]) -> str:
             less_by(each.end),
             interval(each.end.better, "{:+.4f}"),
             interval(each.loss.area, "{:+.4f}") if each.loss else "never better",
-            f"**{each.word}**" if each.word in (HELPS, HURTS) else each.word,
+            f"**{each.word}**" if each.word in (HELPS, HURTS) and each.number > 1 else each.word,
         ]
         for each in found
     ]

@@ -23,9 +23,9 @@ from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
 from benchmarks.efficacy.skipped import skipped_table
-from benchmarks.efficacy.study import SEEDS, STUDIES, TUNING_SEED
+from benchmarks.efficacy.study import RATES, SEEDS, STUDIES, TUNING_SEED
 from benchmarks.efficacy.study import cells as cells_of
-from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table
+from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, scalar
 
 PAGES = "tables"
 
@@ -51,7 +51,7 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
         parts += [f"## In short\n\n{answers(compared, found)}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
         parts += [_parts(found), _skipped(compared), _all_methods(compared)]
-    parts += [_how(known, protocol), _left(known, protocol)]
+    parts += [_how(known, protocol, compared, found), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")
     return path
@@ -131,7 +131,7 @@ def _all_methods(compared: Sequence[Place]) -> str:
     )
 
 
-def _how(known: Results, p: Protocol) -> str:
+def _how(known: Results, p: Protocol, compared: Sequence[Place], found: Sequence[Finding]) -> str:
     took = sum(_train_seconds(r) + _read_seconds(r) for r in known.values())
     early = p.updates // p.rounds // FINER
     between = p.updates // p.rounds * p.aggregate_every
@@ -159,13 +159,36 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
 - **equal quality**: at the same held-out loss. Levels are shares of the gain from the model before
   training to the best loss that both methods reach; at each, the least memorization that a curve
   has there. A method memorizes *less* or *more* where the 95 % interval leaves out 0; of twenty
-  such intervals one leaves it out by chance.
+  such intervals one leaves it out by chance, and nothing is corrected for how many there are:
+  {len(found)} words on parts, {sum(each.number == 1 for each in found)} of them of one seed (those
+  are not printed bold). The words are of the mean of levels, which single levels may contradict.
+- **An excess of 0 is not "nothing memorized"**: before training it is {_before(compared)}.
 - Quality is held-out loss, and KID by two embedders (pixels, and edges: `edges.py`).
   There is no Fréchet distance, which is biased for so few pictures, and no CLIP score, as no tower
   comes with the repository.
-- Rates are chosen by the lowest held-out loss on seed {TUNING_SEED}, which no table uses but those
-  of the rates. A row *to be run again* is of a run whose settings have changed since.
+- Rates are chosen by the lowest held-out loss on seed {TUNING_SEED} of one data set, which no
+  table uses but those of the rates; methods of one model have plain's. {_lowest_rates(known)}
+  A row *to be run again* is of a run whose settings have changed since.
+- **Chosen on these data**, and so flattered by them: the threshold, the gentle operations, and
+  which method is called best. *Duplicated* has the images, prompts and held-out images of *fluent*,
+  so the three data sets are two styles. Curves of shards have no reading before {between} updates.
 """
+
+
+def _before(compared: Sequence[Place]) -> str:
+    first = {place.setting: scalar(place.plain, "excess")[0] for place in compared}
+    return ", ".join(f"{value:+.3f} on {setting}" for setting, value in first.items()) or "unknown"
+
+
+def _lowest_rates(known: Results) -> str:
+    """Whether tuning has found an end of what it tried, where it is complete."""
+    tuned = {key: files.tuned_rate(known, *key) for key in RATES}
+    done = [key for key, rate in tuned.items() if rate]
+    lowest = sum(tuned[key] == min(RATES[key]) for key in done)
+    return (
+        f"In {lowest} of {len(done)} groups that is the lowest rate that was tried, and a lower "
+        "one may be better yet."
+    )
 
 
 def _left(known: Results, protocol: Protocol) -> str:

@@ -30,14 +30,14 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of):
     text, compared = made.page("fluent-full"), made.page("comparisons")
     assert re.search(r"\*\*iet\*\* \(n = 2\): less\. .*50% \[\d+%, \d+%\] of it", text)
     assert re.search(r"\*\*agc\*\* \(n = 1\): more\.", text)
-    assert re.search(r"\*\*ema\*\* \(n = 1\): less, with worse pictures\.", text)
+    assert re.search(r"\*\*ema\*\* \(n = 1\): less, with a higher KID\.", text)
     rows = [line for line in compared.splitlines() if line.startswith("| fluent, full | ")]
     iet, *spent = (row for row in rows if row.startswith("| fluent, full | iet |"))
     assert re.search(r"\| 2 \| \*\*less\*\*: .*50% \[\d+%, \d+%\] of it", iet)
     assert METHODS["iet"].text in iet
     updates, samples, compute = (row.partition(" | 2 | ")[2] for row in spent)
     assert re.match(r"512, 512 \| \+0\.400 \| \+0\.200 \| 50% \[\d+%, \d+%\] ", updates)
-    assert updates.endswith("| **less**, equal quality |")
+    assert updates.endswith("| **less**, no quality surely worse |")
     # Plain has trained as many after half of its run, where it is at its best.
     assert samples.startswith("256, 512 | +0.100 | +0.200 | -100% [")
     assert samples.endswith("| **more**, worse held-out loss and KID (edges) and KID (pixels) |")
@@ -48,7 +48,9 @@ def test_the_report_says_what_was_planted_and_of_how_many_seeds(report_of):
     assert "the caption's own for 0% of pictures before training, 10% at the lowest" in text
     # A line each of what is above.
     line = [line for line in made.text.splitlines() if line.startswith("| fluent, full | iet | 2")]
-    assert re.match(r".* 50% \[.*? \| -100% \[.*? \| \d+% \[.*? \| equal quality \|", line[0])
+    assert re.match(
+        r".* 50% \[.*? \| -100% \[.*? \| \d+% \[.*? \| no quality surely worse \|", line[0]
+    )
     # Cells and hours that are left.
     wanted = len(study.cells("first", lambda mode, method: DEFAULT_RATE[mode, method]))
     assert f"| `first` | {wanted} | 6 |" in made.text

@@ -78,8 +78,8 @@ def test_a_part_is_judged_by_the_method_without_it_and_a_setting_by_the_method_a
     lines = made.section("Part by part").splitlines()
     short = [line.strip("|").split(" | ") for line in lines if "fluent, full" in line]
     assert {(row[0].strip(), row[1]): row[-1].strip() for row in short} == {
-        ("AGC", "agc"): "**helps**",
-        ("AGC's choice, and not as many at random", "agc"): "**hurts**",
-        ("TAA beside AGC", "agc_taa_gentle"): "**helps**",
-        ("agc_threshold 0.9", "agc_taa_gentle"): "**helps**",
+        ("AGC", "agc"): "helps",
+        ("AGC's choice, and not as many at random", "agc"): "hurts",
+        ("TAA beside AGC", "agc_taa_gentle"): "helps",
+        ("agc_threshold 0.9", "agc_taa_gentle"): "helps",
     }
