@@ -179,7 +179,8 @@ class Prober:
 
     def _measure(self, round: int) -> Reading:
         """Measure what is live, and note it in the state."""
-        reading = self.probe.read(round, as_pipeline(self.components), self.autocast)
+        with self.components.borrowed():
+            reading = self.probe.read(round, as_pipeline(self.components), self.autocast)
         probe = {"of": self.probe.fingerprint, "reading": reading.as_json()}
         self.state.probes.append(probe)
         self.state.probes.sort(key=lambda probe: probe["reading"]["round"])

@@ -249,7 +249,7 @@ class Reporter:
     def _draw(self) -> Image.Image:
         """The validation prompts by the live model, as one sheet."""
         training = self.config.training
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self.components.borrowed():
             rows = sample(
                 as_pipeline(self.components),
                 training.validation_prompts,

@@ -7,7 +7,8 @@ Frozen parts are loaded in the dtype of the forward pass; weights that will be t
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -246,6 +247,15 @@ class Components:
         """
         for part in parts:
             self._loaded.pop(part, None)
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """What has to be loaded meanwhile, as for drawing, is freed at the end."""
+        before = set(self._loaded)
+        try:
+            yield
+        finally:
+            self.release(*set(self._loaded) - before)
 
     def _part(self, name: str) -> Any:
         if name not in self._loaded:

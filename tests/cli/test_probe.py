@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from iet_sd.cli.train import train
 from iet_sd.engine import checkpoint
+from iet_sd.engine.rounds import Trainer
 from iet_sd.evaluation.probe import Probe
 from iet_sd.probing import Prober
 from tests.compare import equal
@@ -208,6 +209,21 @@ def test_a_lora_and_its_moving_average(probed, tmp_path):
         t.sum().item() for t in saved.values()
     )
     assert (advice["round"] == 2) == equal(kept, load_file(output / name))
+
+
+def test_what_drawing_needs_beside_training_is_freed_again(probed, monkeypatch):
+    """Else networks that caches have freed are there from the first reading or picture on."""
+    there, run_round = [], Trainer.run_round
+
+    def seen(trainer, state):
+        there.append(set(trainer.objective.components._loaded))
+        yield from run_round(trainer, state)
+
+    monkeypatch.setattr(Trainer, "run_round", seen)
+    drawing = ["--validation_prompts", "a cat", "--validation_inference_steps", "1"]
+    flags = probed(num_rounds=2, method="iet_agc", cache="on", center_crop="", validation_rounds=1)
+    assert train([*flags, *drawing]) == 0
+    assert there == [set(), set()]
 
 
 def test_a_round_that_cannot_be_measured_is_left_out(probed, tmp_path, monkeypatch, caplog):

@@ -1,5 +1,7 @@
+import gc
 import json
 import shutil
+import weakref
 
 import huggingface_hub.constants
 import pytest
@@ -55,6 +57,20 @@ def test_all_kinds_load_and_generate(folders, kind, prediction_type, scheduler):
     assert pipeline.unet is components.unet
     image = pipeline("a cat", num_inference_steps=2, height=RESOLUTION, width=RESOLUTION).images[0]
     assert image.size == (RESOLUTION, RESOLUTION)
+
+
+def test_what_is_borrowed_is_freed_and_what_was_there_is_not(folders):
+    components = load(folders["sdxl"])
+    encoder, vae = components.text_encoder, weakref.ref(components.vae)
+    components.release("vae")
+    gc.collect()
+    assert vae() is None
+    with components.borrowed():
+        vae, other = weakref.ref(components.vae), weakref.ref(components.text_encoder_2)
+        assert vae() is components.vae
+    gc.collect()
+    assert (vae(), other()) == (None, None)
+    assert components.text_encoder is encoder
 
 
 def test_noise_scheduler_has_the_schedule_of_the_model(folders):
