@@ -21,6 +21,7 @@ RUN = {
     # Every step with something to train is an update.
     "taa_min_batch": 0.0,
 }
+LORA = {"train_mode": "lora", "rank": 2}
 
 
 def same(config, trainer):

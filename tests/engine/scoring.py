@@ -3,7 +3,6 @@
 from iet_sd.data.dataset import collate
 from iet_sd.data.shards import batches
 
-LORA = {"train_mode": "lora", "rank": 2}
 METHOD = {"num_shards": 1, "msr": False, "bank_bins": 1, "agc_threshold": 0.95}
 
 

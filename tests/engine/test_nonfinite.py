@@ -16,10 +16,11 @@ from iet_sd.errors import UserError
 from iet_sd.method.agc import empty_bank
 from iet_sd.presets import PRESETS
 from tests.compare import equal
+from tests.engine.running import LORA
 from tests.engine.test_reduction import PLAIN, plain_diffusers
 from tests.engine.test_step import FAR, NEAR, RATIOS, SKIPPED, filled_bank, losses_of
 
-MODES = [{}, {"train_mode": "lora", "rank": 2}]
+MODES = [{}, LORA]
 SAMPLE = 5
 
 

@@ -12,6 +12,7 @@ from iet_sd.errors import UserError
 from iet_sd.method.agc import empty_bank
 from tests.compare import equal
 from tests.engine.plain import Plain
+from tests.engine.running import LORA
 from tests.engine.test_reduction import PLAIN, normal
 
 OPTIONS = {
@@ -33,7 +34,6 @@ OPTIONS = {
         {"noise_offset": 0.1, "input_perturbation": 0.1, "snr_gamma": 5.0, "dream": 1.0},
     ),
 }
-LORA = {"train_mode": "lora", "rank": 2}
 
 
 @pytest.mark.parametrize(("given", "plain"), OPTIONS.values(), ids=OPTIONS)

@@ -17,9 +17,8 @@ from iet_sd.errors import UserError
 from tests.compare import equal
 from tests.engine import running
 from tests.engine.plain import Plain
+from tests.engine.running import LORA
 from tests.engine.test_reduction import PLAIN
-
-LORA = {"train_mode": "lora", "rank": 2}
 
 
 class EightBits(torch.optim.Optimizer):

@@ -8,6 +8,7 @@ from iet_sd.engine.proxy import MOMENTS, WEIGHTS, part
 from iet_sd.engine.rounds import RoundDone
 from iet_sd.method.aggregate import shard_weights
 from tests.compare import equal
+from tests.engine.running import LORA
 
 # Every loss below the running mean is skipped, so that proxies differ in their updates.
 RUN = {
@@ -20,7 +21,7 @@ RUN = {
     "agc_threshold": 1.0,
     "bank_bins": 1,
 }
-MODES = [{}, {"train_mode": "lora", "rank": 2}]
+MODES = [{}, LORA]
 
 
 def round_by_round(trainer, state):

@@ -12,7 +12,8 @@ from iet_sd.engine.rounds import StepDone
 from iet_sd.engine.step import Counts, Memory, accumulate_gradient
 from iet_sd.errors import UserError
 from tests.compare import equal
-from tests.engine.scoring import LORA, METHOD, clear, loaded
+from tests.engine.running import LORA
+from tests.engine.scoring import METHOD, clear, loaded
 from tests.engine.test_step import RATIOS, filled_bank, gradients, losses_of, never
 
 

@@ -18,7 +18,7 @@ from tests.engine import running
 
 CPU = torch.device("cpu")
 KERNEL = {"lora_target_modules": ("to_q", "conv1", "conv_shortcut")}
-MODES = {"full": {}, "lora": {"train_mode": "lora", "rank": 2, **KERNEL}}
+MODES = {"full": {}, "lora": running.LORA | KERNEL}
 # Augmented passes of a few samples, averages, skips, and all that is kept between turns.
 RUN = running.RUN | {"num_rounds": 2, "use_ema": True, "proxy_optimizer": "average"}
 

@@ -9,8 +9,7 @@ from iet_sd.engine import step
 from iet_sd.engine.rounds import ShardDone, StepDone
 from iet_sd.engine.second_pass import Pending, take
 from tests.compare import equal
-from tests.engine.running import RUN, resuming, run, timeless, weights
-from tests.engine.scoring import LORA
+from tests.engine.running import LORA, RUN, resuming, run, timeless, weights
 
 NEAR = {"num_shards": 2, "bank_bins": 1, "agc_threshold": 0.9, "taa_sharpness": 2.0}
 
