@@ -6,11 +6,21 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.efficacy.analysis import AtBudget, verdict
-from benchmarks.efficacy.glance import GOAL, QUALITIES, Goal, goals, worse_at_equal_updates
+from benchmarks.efficacy.glance import (
+    BY_LOSS,
+    BY_SPOILT,
+    GOAL,
+    NO,
+    QUALITIES,
+    YES,
+    Goal,
+    goals,
+    worse_at_equal_updates,
+)
 from benchmarks.efficacy.methods import COMMANDS
 from benchmarks.efficacy.parts import HELPS, HURTS, LESS, MORE, NOTHING, TRADES, Finding
 from benchmarks.efficacy.places import Place
-from benchmarks.efficacy.skipped import WITH, by_copies, correlations, kept
+from benchmarks.efficacy.skipped import WITH, Skips, by_copies
 from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import BUDGETS, MEAN_OF_LEVELS, MEASURES, TITLES, interval
 
@@ -28,10 +38,10 @@ _ABOUT = {
 }
 
 
-def answers(places: Sequence[Place], found: Sequence[Finding]) -> str:
+def answers(places: Sequence[Place], found: Sequence[Finding], skips: Sequence[Skips]) -> str:
     """A list: is the goal reached, which parts help, where the best method loses, what to set."""
     judged = goals(places)
-    points = [*_about_the_goal(judged), *_which_parts(found), *_what_is_skipped(places)]
+    points = [*_about_the_goal(judged), *_which_parts(found), *_what_is_skipped(skips)]
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]
@@ -65,14 +75,14 @@ def _about_the_goal(judged: Sequence[Goal]) -> list[str]:
     )
     if not judged:
         return [f"{goal}: nothing has been run on all data sets yet."]
-    all_reached = [each for each in judged if each.is_reached]
-    by_spoilt = [_name(each) for each in all_reached if each.is_spoilt]
-    reached = sorted(
-        (each for each in all_reached if not each.is_spoilt), key=lambda g: len(g.spoils_on)
-    )
-    clean = [_name(each) for each in reached if not each.spoils_on]
-    spoilt = [_name(each, each.spoils_on) for each in reached if each.spoils_on]
-    missed = [_name(each) for each in judged if not each.is_reached]
+    by_word: dict[str, list[Goal]] = defaultdict(list)
+    for each in sorted(judged, key=lambda goal: len(goal.spoils_on)):
+        by_word[each.word].append(each)
+    reached = by_word[YES] + by_word[BY_LOSS]
+    clean = [_name(each) for each in by_word[YES]]
+    spoilt = [_name(each, each.spoils_on) for each in by_word[BY_LOSS]]
+    by_spoilt = [_name(each) for each in by_word[BY_SPOILT]]
+    missed = [_name(each) for each in judged if each.word == NO]
     said = "is not reached"
     if clean:
         said = f"is reached by {', '.join(clean)}"
@@ -114,10 +124,8 @@ def _scores(place: Place, label: str) -> str:
     """The score of plain and of a method at equal updates, and of held-out images."""
     heldout = next(iter(place.plain.values())).about["heldout_similarity"]["pixels"]
     base, end = np.percentile(heldout, 95), place.at_budget(label, "p95")
-    scores = (base + each.value for each in (end.first, end.second))
-    return "{:.2f} against plain's {:.2f} (held-out images: {:.2f})".format(
-        *reversed([*scores]), base
-    )
+    plain, method = (base + each.value for each in (end.first, end.second))
+    return f"{method:.2f} against plain's {plain:.2f} (held-out images: {base:.2f})"
 
 
 def _at_best(goal: Goal) -> str:
@@ -148,24 +156,24 @@ def _which_parts(found: Sequence[Finding]) -> list[str]:
     ]
 
 
-def _what_is_skipped(places: Sequence[Place], label: str = "agc") -> list[str]:
+def _what_is_skipped(skips: Sequence[Skips], label: str = "agc") -> list[str]:
     """What goes with the skips of a method, where they are known."""
-    known = [(place, kept(place)[label]) for place in places if label in kept(place)]
-    if not known:
+    of_it = [each for each in skips if each.label == label]
+    if not of_it:
         return []
-    found = [correlations(runs, place.plain) for place, runs in known]
     numbers = (
-        f"{title} ({', '.join(interval(each[title], '{:+.2f}') for each in found)})"
+        f"{title} ({', '.join(interval(e.correlations[title], '{:+.2f}') for e in of_it)})"
         for title in WITH
     )
-    names, seeds = zip(*((place.setting, str(len(runs))) for place, runs in known), strict=True)
+    names = _join(each.place.setting for each in of_it)
+    seeds = ", ".join(str(len(each.runs)) for each in of_it)
     often = [
         f" Of the visits to images that are there once, and often, it skips {shares}."
-        for _, runs in known
-        if (shares := by_copies(runs))
+        for each in of_it
+        if (shares := by_copies(each.runs))
     ]
     return [
-        f"**What `{label}` skips** on {_join(names)} (n = {', '.join(seeds)}): how often an image "
+        f"**What `{label}` skips** on {names} (n = {seeds}): how often an image "
         f"is skipped goes, by rank correlation, with {'; with '.join(numbers)}.{''.join(often)}"
     ]
 

@@ -22,7 +22,7 @@ from benchmarks.efficacy.parts import Finding, findings, parts_table
 from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
-from benchmarks.efficacy.skipped import skipped_table
+from benchmarks.efficacy.skipped import Skips, known_skips, skipped_table
 from benchmarks.efficacy.study import RATES, SEEDS, STUDIES, TUNING_SEED
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, scalar
@@ -47,10 +47,10 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     _page(pages, "rates", rates_page(known, pictures))
     parts = ["# Does it memorize less at equal quality?\n"]
     if any(place.paired for place in compared):
-        judged = goals(compared)
-        parts += [f"## In short\n\n{answers(compared, found)}", _goal(judged)]
+        judged, skips = goals(compared), known_skips(compared)
+        parts += [f"## In short\n\n{answers(compared, found, skips)}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
-        parts += [_parts(found), _skipped(compared), _all_methods(compared)]
+        parts += [_parts(found), _skipped(skips), _all_methods(compared)]
     parts += [_how(known, protocol, compared, found), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")
@@ -110,15 +110,14 @@ def _parts(found: Sequence[Finding]) -> str:
     )
 
 
-def _skipped(compared: Sequence[Place]) -> str:
-    table = skipped_table(compared)
-    if not table:
+def _skipped(skips: Sequence[Skips]) -> str:
+    if not skips:
         return ""
     return (
         "## What AGC skips\n\nHow often an image is skipped, as a share of its visits, and what "
         "goes with that: rank correlations over images, with three numbers of plain runs of the "
         "same seeds. Above 0, images that have more of it are skipped more often. Only of runs "
-        f"since skips are kept with a result.\n\n{table}"
+        f"since skips are kept with a result.\n\n{skipped_table(skips)}"
     )
 
 

@@ -5,6 +5,7 @@ image of its own, whose losses are taken too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import rankdata
@@ -26,57 +27,70 @@ WITH: Mapping[str, Callable[[Result], np.ndarray]] = {
 """What may go with how often an image is skipped: of a plain run, (P,)."""
 
 
-def kept(place: Place) -> dict[str, Seeds]:
-    """Methods that skip, as far as it is known whom, beside plain runs of the same seeds."""
-    found = {}
-    for label in place.paired:
-        runs = {seed: place.others[label][seed] for seed in place.seeds(label)}
-        runs = {seed: run for seed, run in runs.items() if any(run.about.get("skipped", ()))}
-        if runs:
-            found[label] = runs
+class Skips(NamedTuple):
+    """What a method skips at a place, and what goes with that."""
+
+    place: Place
+    label: str
+    runs: Seeds
+    """Those that it is known of, with plain runs of the same seeds."""
+    correlations: dict[str, Estimate]
+    """With each of `WITH`."""
+
+
+def known_skips(places: Sequence[Place]) -> list[Skips]:
+    """Of all methods that skip, as far as it is kept whom."""
+    found = []
+    for place in places:
+        for label in place.paired:
+            runs = {seed: place.others[label][seed] for seed in place.seeds(label)}
+            runs = {seed: run for seed, run in runs.items() if any(run.about.get("skipped", ()))}
+            if runs:
+                found.append(Skips(place, label, runs, correlations(runs, place.plain)))
     return found
 
 
-def skipped_of(result: Result) -> np.ndarray:
-    """How often the image of each prompt is skipped, as a share of its visits: (P,)."""
-    shares = dict(zip(result.about["train_ids"], result.about["skipped"], strict=True))
-    return np.array([shares[name] for name in result.about["prompt_ids"]])
+def skipped_of(runs: Seeds) -> np.ndarray:
+    """How often the image of each prompt is skipped, as a share of its visits: (P,), a mean."""
+    found = []
+    for run in runs.values():
+        shares = dict(zip(run.about["train_ids"], run.about["skipped"], strict=True))
+        found.append([shares[name] for name in run.about["prompt_ids"]])
+    return np.mean(found, axis=0)
 
 
 def correlations(runs: Seeds, plain: Seeds) -> dict[str, Estimate]:
     """With each of `WITH`, means over seeds, and intervals over images."""
-    skipped_P = np.mean([skipped_of(run) for run in runs.values()], axis=0)
-    found = {}
+    skipped_P, found = skipped_of(runs), {}
     for title, of in WITH.items():
         beside_P = np.mean([of(plain[seed]) for seed in runs], axis=0)
         found[title] = bootstrap(_rank_correlation, np.column_stack([skipped_P, beside_P]))
     return found
 
 
-def skipped_table(places: Sequence[Place]) -> str:
-    """A row a method whose skips are known; nothing of none."""
+def skipped_table(skips: Sequence[Skips]) -> str:
+    """A row a method."""
     head = ["data", "method", "n", "skipped, of all visits", "of images: 5th to 95th percentile"]
     head += ["images shown once, and often", *WITH]
     rows = [head, ["---"] * len(head)]
-    for place in places:
-        for label, runs in kept(place).items():
-            all_N = np.mean([run.about["skipped"] for run in runs.values()], axis=0)
-            low, high = np.percentile(all_N, [5, 95])
-            last = [run.rows[-1] for run in runs.values()]
-            share = sum(row["skipped"] for row in last) / sum(row["scored"] for row in last)
-            numbers = correlations(runs, place.plain).values()
-            rows.append(
-                [
-                    f"{place.setting}, {place.mode}",
-                    label,
-                    str(len(runs)),
-                    f"{share:.0%}",
-                    f"{low:.0%} to {high:.0%}",
-                    by_copies(runs),
-                    *(interval(each, "{:+.2f}") for each in numbers),
-                ]
-            )
-    return as_table(rows) if len(rows) > 2 else ""
+    for each in skips:
+        runs = each.runs.values()
+        all_N = np.mean([run.about["skipped"] for run in runs], axis=0)
+        low, high = np.percentile(all_N, [5, 95])
+        last = [run.rows[-1] for run in runs]
+        share = sum(row["skipped"] for row in last) / sum(row["scored"] for row in last)
+        rows.append(
+            [
+                f"{each.place.setting}, {each.place.mode}",
+                each.label,
+                str(len(runs)),
+                f"{share:.0%}",
+                f"{low:.0%} to {high:.0%}",
+                by_copies(each.runs),
+                *(interval(number, "{:+.2f}") for number in each.correlations.values()),
+            ]
+        )
+    return as_table(rows)
 
 
 def by_copies(runs: Seeds) -> str:
@@ -85,7 +99,7 @@ def by_copies(runs: Seeds) -> str:
     often_P = is_often(first)
     if not often_P.any():
         return ""
-    skipped_P = np.mean([skipped_of(run) for run in runs.values()], axis=0)
+    skipped_P = skipped_of(runs)
     return f"{skipped_P[~often_P].mean():.0%}, {skipped_P[often_P].mean():.0%}"
 
 

@@ -39,7 +39,7 @@ def test_what_goes_with_skips_is_a_rank_correlation_over_images():
     found = skipped.correlations({0: agc}, {0: plain})
     assert found[EASY].value == pytest.approx(-1)
     for title, values in zip((FALLS, RESEMBLES), beside[1:], strict=True):
-        naive = np.corrcoef(ranks(skipped.skipped_of(agc)), ranks(values))[0, 1]
+        naive = np.corrcoef(ranks(skipped.skipped_of({0: agc})), ranks(values))[0, 1]
         assert found[title].value == pytest.approx(naive)
         assert found[title].low < naive < found[title].high
     assert found[FALLS].low < 0 < found[FALLS].high
