@@ -147,7 +147,7 @@ class Proxy:
         """
         self.drop_gradient()
         self.scaler.update()
-        if not self.scaler.is_enabled() or self.scaler.get_scale() >= 1:
+        if self.scaler.get_scale() >= 1:  # so it is without fp16
             return self.scaler.is_enabled()
         self.scaler.update(1.0)
         return False
