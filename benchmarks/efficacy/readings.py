@@ -3,7 +3,7 @@
 It stands in for `iet_sd.evaluation.probe.Probe` in a cell's process, so that readings are taken
 where those of ``--eval_every_rounds`` are, and again after a stop if need be. Prompts, images and
 noise are the same in all cells of a setting. Letters in shapes: P prompts, N training images, H
-held-out images, D features.
+held-out images, U of them whose captions are drawn too, D features.
 """
 
 import io
@@ -78,6 +78,19 @@ class Compared:
             "authentic": auth_pct(apart, self.spacing_N),
             "kid": kid_of_each(views[0], self.heldout_HD),
         }
+
+    def measure_unseen(self, pictures: list[Image.Image], own_U: np.ndarray) -> dict[str, Any]:
+        """Of pictures drawn for the captions of the held-out images ``own_U``.
+
+        A picture for a caption that was trained on is close to the data once it is copied; here no
+        copy helps. ``misfit``: how much more a picture resembles other held-out images, as a mean,
+        than that of its own caption.
+        """
+        features_UD = self.embedder(pictures)
+        similar_UH = unit(features_UD) @ unit(self.heldout_HD).T
+        own = similar_UH[np.arange(len(own_U)), own_U]
+        others = (similar_UH.sum(axis=1) - own) / (similar_UH.shape[1] - 1)
+        return {"kid_unseen": kid_of_each(features_UD, self.heldout_HD), "misfit": others - own}
 
 
 def kid_of_each(gen_PD: np.ndarray, real_HD: np.ndarray) -> np.ndarray:
@@ -159,12 +172,14 @@ class StudyProbe(Probe):
     ) -> dict[str, Any]:
         began = time.perf_counter()
         with autocast():
-            pictures = self._draw(pipeline)
+            pictures = self._draw(pipeline, self.prompts, self.prompt_ids)
+            unseen = self._draw(pipeline, self._captions["heldout"], self._scored["heldout"].ids)
             losses = {f"{name}_loss": self._losses(pipeline, name) for name in self._scored}
         found: dict[str, Any] = {name: _list(loss) for name, loss in losses.items()}
         for name, compared in self.compared.items():
-            for key, value in compared.measure(pictures, self.own_P).items():
-                found[f"{key}_{name}"] = _list(value)
+            measured = compared.measure(pictures, self.own_P)
+            measured |= compared.measure_unseen(unseen, self._scored["heldout"].index)
+            found |= {f"{key}_{name}": _list(value) for key, value in measured.items()}
         views = [self.raw(pictures), self.raw([ImageOps.mirror(p) for p in pictures])]
         k = min(RATIO_NEIGHBOURS, len(self.raw_ND))
         distances = nearest(views[0], self.raw_ND, k, "l2", flipped_QD=views[1]).value_QK

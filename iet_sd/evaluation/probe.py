@@ -146,7 +146,7 @@ class Probe:
         if round == 0:  # once is enough
             say_what_is_cut(pipeline, self.prompts)
         with autocast():
-            pictures = self._draw(pipeline)
+            pictures = self._draw(pipeline, self.prompts, self.prompt_ids)
             train_N, heldout_N = (self._losses(pipeline, name) for name in ("train", "heldout"))
         similarity_P = self._similarity(
             self.embedder(pictures), self.embedder([ImageOps.mirror(p) for p in pictures])
@@ -170,15 +170,20 @@ class Probe:
             seconds=time.perf_counter() - began,
         )
 
-    def _draw(self, pipeline: DiffusionPipeline) -> list[Image.Image]:
-        """The pictures that `iet_sd.evaluation.generate` would draw, one a prompt."""
-        seeds = [seed_for(self.seed, "generate", name, 0) for name in self.prompt_ids]
+    def _draw(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], names: Sequence[str]
+    ) -> list[Image.Image]:
+        """The pictures that `iet_sd.evaluation.generate` would draw, one a prompt.
+
+        ``names``: of the image that has each prompt as its caption.
+        """
+        seeds = [seed_for(self.seed, "generate", name, 0) for name in names]
         pictures = []
         for start in range(0, len(seeds), self.batch_size):
             batch = slice(start, start + self.batch_size)
             drawn = draw(
                 pipeline,
-                self.prompts[batch],
+                prompts[batch],
                 seeds[batch],
                 self.resolution,
                 self.config.eval_inference_steps,

@@ -71,7 +71,9 @@ def test_a_cell_has_a_row_a_reading_and_counts_up_to_it(duplicated, protocol):
         values = result.column(name)
         assert values.shape == (3, protocol.prompts)
         assert np.isfinite(values).all()
-    assert result.column("heldout_loss").shape == (3, protocol.samples)
+    for name in ("heldout_loss", "kid_unseen_pixels", "kid_unseen_edges", "misfit_edges"):
+        assert result.column(name).shape == (3, protocol.samples)
+        assert np.isfinite(result.column(name)).all()
     assert (
         result.column("own_similarity_pixels") <= result.column("similarity_pixels") + 1e-6
     ).all()
