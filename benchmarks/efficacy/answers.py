@@ -23,6 +23,7 @@ from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.skipped import WITH, Skips, by_copies
 from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import BUDGETS, MEAN_OF_LEVELS, MEASURES, TITLES, interval
+from benchmarks.efficacy.unseen import Unseen, in_words
 
 SIGNS = ("p95", "excess_edges", "own", "gap")
 """Of `tables.MEASURES`, beside the mean excess by pixels."""
@@ -38,10 +39,17 @@ _ABOUT = {
 }
 
 
-def answers(places: Sequence[Place], found: Sequence[Finding], skips: Sequence[Skips]) -> str:
+def answers(
+    places: Sequence[Place],
+    found: Sequence[Finding],
+    skips: Sequence[Skips],
+    unseen: Sequence[Unseen],
+) -> str:
     """A list: is the goal reached, which parts help, where the best method loses, what to set."""
     judged = goals(places)
     points = [*_about_the_goal(judged), *_which_parts(found), *_what_is_skipped(skips)]
+    if unseen:
+        points.append(f"**Captions that were not trained on**: {'; '.join(in_words(unseen))}.")
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]

@@ -9,7 +9,7 @@ from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, compar
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
 from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, WEIGHTS, Cell, tuned_as
-from benchmarks.efficacy.tables import Seeds, curves_of, scalar
+from benchmarks.efficacy.tables import Seeds, curves_of, having, scalar
 
 Methods = dict[str, Seeds]
 Results = Mapping[Cell, Result]
@@ -53,7 +53,7 @@ class Place:
         """At equal quality; see `analysis.compare`."""
         key = label, measure, quality
         if key not in self._found:
-            pair = self.plain, self.others[label]
+            pair = (having(runs, quality) for runs in (self.plain, self.others[label]))
             self._found[key] = compare(*(curves_of(runs, measure, quality) for runs in pair))
         return self._found[key]
 
@@ -67,17 +67,16 @@ class Place:
         """Where as much is spent, of one of `tables.BUDGETS`; see `analysis.at_budget`."""
         key = label, measure, quality, budget
         if key not in self._spent:
-            pair = self.plain, self.others[label]
-            spent = [
-                scalar({seed: runs[seed] for seed in self.seeds(label)}, budget) for runs in pair
-            ]
+            pair = [having(runs, quality) for runs in (self.plain, self.others[label])]
+            seeds = self.seeds(label, quality)
+            spent = [scalar({seed: runs[seed] for seed in seeds}, budget) for runs in pair]
             curves = (curves_of(runs, measure, quality) for runs in pair)
             self._spent[key] = at_budget(*curves, spent)
         return self._spent[key]
 
-    def seeds(self, label: str) -> list[int]:
-        """Those that a method and plain have."""
-        return sorted(set(self.plain) & set(self.others[label]))
+    def seeds(self, label: str, quality: str = "heldout_loss") -> list[int]:
+        """Those of which a method's and plain's quality are known."""
+        return sorted(set(having(self.plain, quality)) & set(having(self.others[label], quality)))
 
 
 def places(known: Results) -> list[Place]:

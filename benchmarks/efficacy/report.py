@@ -26,6 +26,7 @@ from benchmarks.efficacy.skipped import Skips, known_skips, skipped_table
 from benchmarks.efficacy.study import RATES, SEEDS, STUDIES, TUNING_SEED
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, scalar
+from benchmarks.efficacy.unseen import Unseen, course_table, difference_table, known_unseen
 
 PAGES = "tables"
 
@@ -47,10 +48,10 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     _page(pages, "rates", rates_page(known, pictures))
     parts = ["# Does it memorize less at equal quality?\n"]
     if any(place.paired for place in compared):
-        judged, skips = goals(compared), known_skips(compared)
-        parts += [f"## In short\n\n{answers(compared, found, skips)}", _goal(judged)]
+        judged, skips, unseen = goals(compared), known_skips(compared), known_unseen(compared)
+        parts += [f"## In short\n\n{answers(compared, found, skips, unseen)}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
-        parts += [_parts(found), _skipped(skips), _all_methods(compared)]
+        parts += [_parts(found), _skipped(skips), _unseen(unseen), _all_methods(compared)]
     parts += [_how(known, protocol, compared, found), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")
@@ -118,6 +119,22 @@ def _skipped(skips: Sequence[Skips]) -> str:
         "goes with that: rank correlations over images, with three numbers of plain runs of the "
         "same seeds. Above 0, images that have more of it are skipped more often. Only of runs "
         f"since skips are kept with a result.\n\n{skipped_table(skips)}"
+    )
+
+
+def _unseen(unseen: Sequence[Unseen]) -> str:
+    if not unseen:
+        return ""
+    return (
+        "## Captions that were not trained on\n\nTraining and held-out images are of one kind, so "
+        "pictures that copy training images are near the held-out ones: KID of pictures for "
+        "captions that were trained on gets better by memorizing. For captions of held-out images "
+        "there is nothing to copy. *Misfit*: how much more such a picture resembles other held-out "
+        "images, as a mean, than that of its own caption; below 0 is a fit. All numbers are better "
+        "where they are lower. First before training, at the lowest held-out loss, and at the "
+        f"end.\n\n{course_table(unseen)}\nAgainst plain: after as many updates, then excess "
+        f"similarity at equal quality of such pictures, as a {MEAN_OF_LEVELS} of the gain. Only of "
+        f"runs since these pictures are drawn.\n\n{difference_table(unseen)}"
     )
 
 

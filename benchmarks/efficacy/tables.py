@@ -21,6 +21,17 @@ MEAN_OF_LEVELS = "mean of 50 to 100%"
 """What `analysis.Comparison.area` is."""
 Seeds = Mapping[int, Result]
 """One method's results, by seed."""
+BY_PROMPT = {"kid_edges": "KID (edges)", "kid_pixels": "KID (pixels)"}
+"""Of pictures drawn for captions that were trained on."""
+UNSEEN = {
+    "kid_unseen_edges": "KID (edges) of unseen captions",
+    "kid_unseen_pixels": "KID (pixels) of unseen captions",
+    "misfit_edges": "misfit (edges) to unseen captions",
+    "misfit_pixels": "misfit (pixels) to unseen captions",
+}
+"""Of pictures drawn for captions of held-out images; see `readings.Compared.measure_unseen`."""
+TITLES = {"heldout_loss": "held-out loss"} | BY_PROMPT | UNSEEN
+"""Measures of quality, with a number for each prompt or held-out image; lower is better."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +79,21 @@ MEASURES = {
 
 
 def curves_of(runs: Seeds, measure: str, quality: str = "heldout_loss") -> Curves:
-    """The curves of a method's runs; ``quality`` is heldout_loss, kid_pixels or kid_edges."""
+    """The curves of a method's runs; ``quality`` is one of `TITLES`."""
     seeds, found = tuple(sorted(runs)), MEASURES[measure]
     return Curves(
         seeds,
         np.stack([runs[seed].column(quality) for seed in seeds]),
         np.stack([found.of_RP(runs[seed]) for seed in seeds]),
         found.against_heldout,
-        by_prompt=quality != "heldout_loss",
+        by_prompt=quality in BY_PROMPT,
         percentile=found.percentile,
     )
+
+
+def having(runs: Seeds, name: str) -> Seeds:
+    """The runs of which a number of each image is known: readings have come to say more."""
+    return {seed: run for seed, run in runs.items() if name in run.rows[0]}
 
 
 def scalar(runs: Seeds, name: str) -> np.ndarray:
@@ -120,7 +136,7 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
             for train, heldout in zip(r.column("train_loss"), r.column("heldout_loss"), strict=True)
         ]
     ),
-    **{name: lambda r, n=name: r.column(n).mean(axis=1) for name in ("kid_pixels", "kid_edges")},
+    **{name: lambda r, n=name: r.column(n).mean(axis=1) for name in BY_PROMPT | UNSEEN},
     "skip_rate": _share("skipped", "scored"),
     "augmented": _share("augmented", "trained"),
     "seconds": lambda r: r.column("train_seconds"),
@@ -131,8 +147,6 @@ BUDGETS = {
     "compute": "as much compute",
 }
 """What may be spent alike, by names of `NUMBERS`."""
-TITLES = {"heldout_loss": "held-out loss", "kid_edges": "KID (edges)", "kid_pixels": "KID (pixels)"}
-"""Measures of quality."""
 _COLUMNS = (
     ("updates", "updates", "{:.0f}"),
     ("trained", "samples trained", "{:,.0f}"),

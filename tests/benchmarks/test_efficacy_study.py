@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from scipy.spatial.distance import pdist, squareform
 
 from benchmarks.efficacy import beyond, controls, results, study
 from benchmarks.efficacy.cell import argv_of, flags_of
@@ -15,7 +16,7 @@ from benchmarks.efficacy.edges import edges
 from benchmarks.efficacy.encoding import encode_each_once
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.protocol import Protocol
-from benchmarks.efficacy.readings import kid_of_each
+from benchmarks.efficacy.readings import Compared, kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 from iet_sd import arguments
 from iet_sd.evaluation.closeness import unit
@@ -114,3 +115,25 @@ def test_what_each_picture_adds_to_kid_has_its_mean_and_its_spread():
     ]
     assert 199 * np.std(without) == pytest.approx(each[::4].std(), rel=0.02)
     assert np.corrcoef(-np.array(without), each[::4])[0, 1] > 0.999
+
+
+def test_a_picture_that_is_its_captions_image_fits_and_another_one_does_not():
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(5)]
+
+    def features(pictures):
+        return np.stack([np.asarray(p, np.float32).ravel() - 128 for p in pictures])
+
+    compared = Compared(features, np.empty((0, 192)), features(images), np.empty(0), np.empty(0))
+    own_U = np.array([3, 0])
+    cosine_HH = 1 - squareform(pdist(features(images), "cosine"))
+    for drawn in ((3, 0), (1, 2)):
+        pictures = [images[h] for h in drawn]
+        found = compared.measure_unseen(pictures, own_U)
+        for misfit, own, h in zip(found["misfit"], own_U, drawn, strict=True):
+            others = np.delete(cosine_HH[h], own).mean()
+            assert misfit == pytest.approx(others - cosine_HH[h, own], abs=1e-6)
+        fits = drawn == tuple(own_U)
+        assert ((found["misfit"] < -0.8) == fits).all()
+        naive = kid_of_each(features(pictures), features(images))
+        assert np.allclose(found["kid_unseen"], naive)
