@@ -31,11 +31,12 @@ from iet_sd.engine.rounds import RoundDone
 from iet_sd.engine.state import State
 from iet_sd.engine.store import Tensors
 from iet_sd.errors import UserError
-from iet_sd.evaluation.embedders import build_embedder
+from iet_sd.evaluation.embedders import Embedder, build_embedder
 from iet_sd.evaluation.frontier import Recommendation, candidates, recommend
 from iet_sd.evaluation.picture import draw_frontier
 from iet_sd.evaluation.probe import Probe, Reading
 from iet_sd.files import atomic_folder, write_text_atomic
+from iet_sd.hub.card import write_settings
 from iet_sd.models.loading import Components, as_pipeline
 from iet_sd.models.saving import save_result
 
@@ -44,24 +45,36 @@ FOLDER, PICTURE, BEST = "probe", "frontier.png", "best"
 _NUMBERS, _WEIGHTS = "probe.json", "weights.safetensors"
 
 
+def load_embedder(config: Config, is_main: bool, device: torch.device) -> Embedder | None:
+    """What readings see images by, on the main process; None without --eval_every_rounds.
+
+    Errors: `UserError` for one that cannot be downloaded or loaded.
+    """
+    if not is_main or config.probe.eval_every_rounds is None:
+        return None
+    return build_embedder(
+        config.probe.eval_embedder, device=device, cache_dir=config.data.cache_dir
+    )
+
+
 class Prober:
     """Measures the model before training, and after the rounds that the settings name.
 
-    Without --eval_every_rounds, and on other processes than the main one, it does nothing.
+    Without an embedder it does nothing.
     """
 
     def __init__(
         self,
         config: Config,
-        is_main: bool,
         components: Components,
         parameters: Mapping[str, Parameter],
         state: State,
         autocast: Callable[[], AbstractContextManager],
+        embedder: Embedder | None,
     ) -> None:
-        """``parameters`` are the live ones of ``components``."""
+        """``parameters`` are the live ones of ``components``; ``embedder`` of `load_embedder`."""
         self.config = config
-        self.on = is_main and config.probe.eval_every_rounds is not None
+        self.on, self.embedder = embedder is not None, embedder
         self.components = components
         self.parameters = parameters
         self.state = state
@@ -70,13 +83,11 @@ class Prober:
         self.folder = self.output_dir / FOLDER
         self.probe: Probe | None = None
 
-    def begin(
-        self, train: Source, heldout: Source | None, device: torch.device, found: Path | None
-    ) -> None:
+    def begin(self, train: Source, heldout: Source | None, found: Path | None) -> None:
         """Prepare, and take the readings that are missing of the start and of the last round done.
 
         ``found``: the checkpoint to go on from. The live parameters are as the run started, and may
-        be others afterwards. Errors: as `Probe`, and for an embedder that cannot be loaded.
+        be others afterwards. Errors: as `Probe`.
         """
         if not self.on:
             return
@@ -86,7 +97,7 @@ class Prober:
             data,
             train,
             heldout,
-            build_embedder(config.eval_embedder, device=device, cache_dir=data.cache_dir),
+            self.embedder,
             self.config.training.seed,
             self.config.training.train_batch_size,
             self.folder,
@@ -152,6 +163,7 @@ class Prober:
         shutil.rmtree(best, ignore_errors=True)
         copy_into(self.parameters, load_file(weights))
         save_result(self.components, self.config.model, best)
+        write_settings(best, self.config)  # so that `evaluate` finds the data
         write_text_atomic(best / _NUMBERS, numbers)
 
     def _due(self, event: RoundDone) -> bool:
@@ -170,7 +182,8 @@ class Prober:
         with averaged(self.parameters, model, self.state.weights):
             try:
                 reading = self._measure(round)
-            except UserError as error:
+            except (UserError, torch.OutOfMemoryError) as error:
+                # Never at the price of the round, whose checkpoint is yet to be written.
                 logger.warning("Round %d could not be measured: %s", round, error)
                 return None
         if self.config.probe.keep_best:

@@ -70,8 +70,7 @@ class Reporter:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             path = self.output_dir / METRICS
             self.metrics = MetricsFile(path, state.history, prober.lines)
-            anew = dataclasses.replace(config.training, resume_from_checkpoint=None)
-            write_settings(self.output_dir, dataclasses.replace(config, training=anew))
+            write_settings(self.output_dir, config)
         # A tracker's settings are flat and simple; a list becomes its text.
         flat = {
             k: v if isinstance(v, int | float | str) else str(v)

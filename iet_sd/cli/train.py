@@ -162,11 +162,13 @@ def _run(
     from iet_sd.models.fingerprint import fingerprint
     from iet_sd.models.loading import load_components, prediction_type
     from iet_sd.models.speed import place
-    from iet_sd.probing import Prober
+    from iet_sd.probing import Prober, load_embedder
     from iet_sd.reporting import Reporter
     from iet_sd.seeding import seed_for
 
     training, device = config.training, accelerator.device
+    # Before an earlier run makes way: it may have to be downloaded.
+    embedder = load_embedder(config, accelerator.is_main_process, device)
     dtype = plan.weight_dtype(training.mixed_precision)
     check_dream(training.dream, prediction_type(config.model, config.data.cache_dir))
     components = load_components(config.model, dtype, config.data.cache_dir)
@@ -222,10 +224,8 @@ def _run(
         checkpointer.load(found)
         if accelerator.is_main_process and not goes_on_here(found, output_dir):
             make_way(config)
-        prober = Prober(
-            config, accelerator.is_main_process, components, parameters, state, accelerator.autocast
-        )
-        prober.begin(source, heldout, device, found and found.folder)
+        prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
+        prober.begin(source, heldout, found and found.folder)
         checkpointer.begin(found)
         reporter = Reporter(
             config, accelerator, components, parameters, state, steps, prober, repository
@@ -240,14 +240,20 @@ def _run(
 
 
 def _load_heldout(config: Config, train: "Source") -> "Source | None":
-    """The images that --eval_every_rounds compares with; errors as `load_heldout`."""
+    """The images that --eval_every_rounds compares with.
+
+    Errors: as `load_heldout` and `check_images`.
+    """
     if config.probe.eval_every_rounds is None:
         return None
     from iet_sd.evaluation.embedders import check_embedder
     from iet_sd.evaluation.heldout import load_heldout
+    from iet_sd.evaluation.probe import check_images
 
     check_embedder(config.probe.eval_embedder, cache_dir=config.data.cache_dir)
-    return load_heldout(config.data, train)
+    heldout = load_heldout(config.data, train)
+    check_images(train, heldout)
+    return heldout
 
 
 def _check_tracker(name: str) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -96,9 +97,11 @@ def load_inception(path: Path, digest: str, device: torch.device) -> Network:
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=safe
         )
     except Exception as error:  # torch's reader raises anything on a broken file
+        # What it says of pickles is an advice to run whatever code the file holds.
+        unsafe = isinstance(error, UnpicklingError)
+        why = "it is damaged, or holds more than tensors" if unsafe else _first_line(error)
         raise UserError(
-            f"{path} does not hold the weights of torch-fidelity's InceptionV3: "
-            f"{_first_line(error)}"
+            f"{path} does not hold the weights of torch-fidelity's InceptionV3: {why}"
         ) from error
     network = network.to(device)
     words = "torch-fidelity's own resize to 299 x 299"

@@ -94,14 +94,9 @@ class Probe:
     ) -> None:
         """``batch_size``: that of training. Features are kept in ``cache_dir``.
 
-        Errors: `UserError` for fewer than two images of a kind, or one that cannot be read.
+        Errors: as `check_images`, and `UserError` for an image that cannot be read.
         """
-        for name, source in {"training": train, "held-out": heldout}.items():
-            if len(source.sample_ids) < 2:
-                raise UserError(
-                    f"--eval_every_rounds compares images, so it needs at least 2 {name} images; "
-                    f"got {len(source.sample_ids)}."
-                )
+        check_images(train, heldout)
         self.config = config
         self.resolution = data.resolution
         self.embedder = embedder
@@ -148,9 +143,7 @@ class Probe:
         with autocast():
             pictures = self._draw(pipeline, self.prompts, self.prompt_ids)
             train_N, heldout_N = (self._losses(pipeline, name) for name in ("train", "heldout"))
-        similarity_P = self._similarity(
-            self.embedder(pictures), self.embedder([ImageOps.mirror(p) for p in pictures])
-        )
+        similarity_P = self._similarity(*self._features(pictures))
         by = Resampling(np.arange(len(pictures)), self.group_H, RESAMPLES, seed=self.seed)
         p95 = lambda value: {"p95": np.percentile(value, 95)}  # noqa: E731
         losses = bootstrap(
@@ -194,6 +187,15 @@ class Probe:
             pictures += pipeline.numpy_to_pil(drawn)
         return pictures
 
+    def _features(self, pictures: list[Image.Image]) -> list[np.ndarray]:
+        """Features of pictures, and of the same mirrored; as many at a time as are drawn."""
+        views = pictures, [ImageOps.mirror(picture) for picture in pictures]
+        starts = range(0, len(pictures), self.batch_size)
+        return [
+            np.concatenate([self.embedder(view[s : s + self.batch_size]) for s in starts])
+            for view in views
+        ]
+
     def _losses(self, pipeline: DiffusionPipeline, name: str) -> np.ndarray:
         """The denoising loss of each image (N,), a mean over timesteps."""
         timesteps = stratified_timesteps(
@@ -224,6 +226,17 @@ class Probe:
             self.prompts,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def check_images(train: Source, heldout: Source) -> None:
+    """Errors: `UserError` for fewer than two images of a kind that vary on their own."""
+    for name, units in {"training": train.sample_ids, "held-out": set(heldout.groups)}.items():
+        if len(units) < 2:
+            raise UserError(
+                "--eval_every_rounds compares images, so it needs at least 2 "
+                f"{name} images{' that are not of one group' if name == 'held-out' else ''}; got "
+                f"{len(units)}."
+            )
 
 
 def _of_losses(train_N: np.ndarray, heldout_N: np.ndarray) -> tuple[float, float, float, float]:

@@ -1,5 +1,6 @@
 """What goes with the weights: the model card, and the settings to train them again."""
 
+import dataclasses
 import html
 import json
 import re
@@ -44,7 +45,9 @@ _SECTION = re.compile(f"{re.escape(EVALUATED).replace(re.escape('{}'), '.*?')}.*
 
 def write_settings(folder: Path, config: Config) -> None:
     """Write ``training_config.yaml``: every setting, resolved, ready for ``--config``."""
-    text = yaml.safe_dump(config.as_dict(), sort_keys=False, allow_unicode=True)
+    anew = dataclasses.replace(config.training, resume_from_checkpoint=None)
+    values = dataclasses.replace(config, training=anew).as_dict()
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     write_text_atomic(folder / SETTINGS, text)
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
@@ -94,6 +95,20 @@ def test_training_images_held_out_are_refused_before_an_earlier_run_goes(
     assert earlier.exists()
 
 
+def test_an_embedder_that_does_not_load_is_found_before_an_earlier_run_goes(
+    probed, tmp_path, capsys
+):
+    """What is checked before weights are loaded is the file's form alone."""
+    earlier, weights = tmp_path / "output" / "metrics.jsonl", tmp_path / "inception.pth"
+    earlier.parent.mkdir()
+    earlier.write_text("")
+    torch.save({"no": torch.zeros(1)}, weights)
+    flags = {"eval_embedder": f"inception={weights}", "overwrite_output_dir": ""}
+    assert train(probed(**flags)) == 2
+    assert "does not hold the weights of torch-fidelity" in capsys.readouterr().err
+    assert earlier.exists()
+
+
 def test_readings_best_and_picture(never_stopped):
     output = never_stopped
     readings, (advice,) = lines(output, "probe"), lines(output, "recommendation")
@@ -112,6 +127,9 @@ def test_readings_best_and_picture(never_stopped):
     assert not equal(kept, unet(output))
     numbers = json.loads((output / "best" / "probe.json").read_text())
     assert readings[advice["round"]] == {k: v for k, v in numbers.items() if k != "seconds"}
+    # The data are known to `evaluate` as they are beside the last round's weights.
+    settings = "training_config.yaml"
+    assert (output / "best" / settings).read_text() == (output / settings).read_text()
     assert not (output / "probe").exists()
     assert Image.open(output / "frontier.png").size == (960, 640)
     card = (output / "README.md").read_text()
@@ -227,12 +245,14 @@ def test_what_drawing_needs_beside_training_is_freed_again(probed, monkeypatch):
 
 
 def test_a_round_that_cannot_be_measured_is_left_out(probed, tmp_path, monkeypatch, caplog):
-    """Training goes on: the images of one round are not finite."""
+    """Training goes on: the images of one round are not finite, another has no memory for it."""
     read = Probe.read
 
     def broken(self, round, pipeline, autocast):
         bias = pipeline.vae.decoder.conv_out.bias
         before = bias.clone()
+        if round == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         if round == 2:
             bias.fill_(float("nan"))
         try:
@@ -243,7 +263,8 @@ def test_a_round_that_cannot_be_measured_is_left_out(probed, tmp_path, monkeypat
     monkeypatch.setattr(Probe, "read", broken)
     assert train(probed(num_rounds=3)) == 0
     assert "Round 2 could not be measured: images drawn by the model are not" in caplog.text
-    assert [line["round"] for line in lines(tmp_path / "output", "probe")] == [0, 1, 3]
+    assert "Round 1 could not be measured: CUDA out of memory" in caplog.text
+    assert [line["round"] for line in lines(tmp_path / "output", "probe")] == [0, 3]
 
 
 @pytest.mark.slow
@@ -265,6 +286,7 @@ def test_two_processes(never_stopped, probed, tmp_path):
         ({"eval_every_rounds": None}, "--keep_best needs --eval_every_rounds"),
         ({"eval_prompts": 1}, "--eval_prompts must be at least 2"),
         ({"eval_embedder": "sscd"}, "'sscd' is no embedder"),
+        ({"max_train_samples": 1}, "at least 2 training images; got 1"),
     ],
     ids=str,
 )

@@ -279,8 +279,10 @@ class Attack:
 
 def test_inception_does_not_unpickle(tmp_path):
     torch.save({"x": Attack()}, tmp_path / "attack.pth")
-    with pytest.raises(UserError, match=r"attack\.pth does not hold the weights"):
+    with pytest.raises(UserError, match=r"attack\.pth does not hold the weights") as error:
         build_embedder(f"inception={tmp_path / 'attack.pth'}")
+    # Torch's own text says how to run it all the same.
+    assert "weights_only" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\3\4 half an archive"])

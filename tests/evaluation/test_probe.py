@@ -2,10 +2,12 @@
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from iet_sd.arguments import from_layers
 from iet_sd.cli.main import main
@@ -141,3 +143,16 @@ def test_readings_of_other_settings_or_images_are_told_apart(config, probe_of):
 def test_one_image_is_not_enough(config, probe_of):
     with pytest.raises(UserError, match="at least 2 training images; got 1"):
         probe_of(config(max_train_samples=1))
+
+
+def test_pictures_are_embedded_as_many_at_a_time_as_are_drawn(config, probe_of):
+    """Beside a model in training there is no room for all of them."""
+    settings = config()
+    probe, seen = probe_of(settings), []
+    embedder = probe.embedder
+    counted = replace(embedder, forward=lambda x: seen.append(len(x)) or embedder.forward(x))
+    pictures = [Image.new("RGB", (32, 32), (8 * n, 0, 0)) for n in range(2 * probe.batch_size + 1)]
+    whole = [embedder(pictures), embedder([ImageOps.mirror(p) for p in pictures])]
+    probe.embedder = counted
+    assert all(map(np.allclose, probe._features(pictures), whole))
+    assert seen == [probe.batch_size, probe.batch_size, 1] * 2
