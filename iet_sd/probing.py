@@ -36,7 +36,6 @@ from iet_sd.evaluation.frontier import Recommendation, candidates, recommend
 from iet_sd.evaluation.picture import draw_frontier
 from iet_sd.evaluation.probe import Probe, Reading
 from iet_sd.files import atomic_folder, write_text_atomic
-from iet_sd.hub.card import write_settings
 from iet_sd.models.loading import Components, as_pipeline
 from iet_sd.models.saving import save_result
 
@@ -132,18 +131,20 @@ class Prober:
         """The picture of `draw_frontier`; there are readings."""
         return draw_frontier(self.readings, recommendation, self.probe.embedder.name)
 
-    def save_best(self, recommendation: Recommendation | None) -> None:
+    def save_best(self, recommendation: Recommendation | None) -> Path | None:
         """Save the round to keep, if that is asked for, and delete what is no longer needed.
 
-        The last thing that a run does: the live parameters are others afterwards.
+        Returns the folder it is saved in. The last thing that a run does: the live parameters are
+        others afterwards.
         """
         if not self.on:
-            return
-        if self.config.probe.keep_best and recommendation is not None:
-            self._save_best(recommendation)
+            return None
+        keeps = self.config.probe.keep_best and recommendation is not None
+        saved = self._save_best(recommendation) if keeps else None
         shutil.rmtree(self.folder)
+        return saved
 
-    def _save_best(self, recommendation: Recommendation) -> None:
+    def _save_best(self, recommendation: Recommendation) -> Path | None:
         best = self.output_dir / BEST
         weights = self.folder / f"round-{recommendation.round}" / _WEIGHTS
         reading = next(r for r in self.readings if r.round == recommendation.round)
@@ -159,12 +160,12 @@ class Prober:
                     recommendation.round,
                     best,
                 )
-            return
+            return None
         shutil.rmtree(best, ignore_errors=True)
         copy_into(self.parameters, load_file(weights))
         save_result(self.components, self.config.model, best)
-        write_settings(best, self.config)  # so that `evaluate` finds the data
         write_text_atomic(best / _NUMBERS, numbers)
+        return best
 
     def _due(self, event: RoundDone) -> bool:
         """Whether ``eval_every_rounds`` are over since the last round that gave a new model.

@@ -119,7 +119,8 @@ class Reporter:
         if advice is not None:
             print(advice.text)
         print(f"Saved to {self.output_dir}")
-        self.prober.save_best(advice)
+        if best := self.prober.save_best(advice):
+            write_settings(best, self.config)  # by which `evaluate` finds the data
 
     def _step(self) -> int:
         """The axis of the trackers: steps of all shards, but of ours in the round under way."""
