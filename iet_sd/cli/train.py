@@ -242,17 +242,16 @@ def _run(
 def _load_heldout(config: Config, train: "Source") -> "Source | None":
     """The images that --eval_every_rounds compares with.
 
-    Errors: as `load_heldout` and `check_images`.
+    Errors: as `load_heldout` and `require_images`.
     """
     if config.probe.eval_every_rounds is None:
         return None
     from iet_sd.evaluation.embedders import check_embedder
-    from iet_sd.evaluation.heldout import load_heldout
-    from iet_sd.evaluation.probe import check_images
+    from iet_sd.evaluation.heldout import load_heldout, require_images
 
     check_embedder(config.probe.eval_embedder, cache_dir=config.data.cache_dir)
     heldout = load_heldout(config.data, train)
-    check_images(train, heldout)
+    require_images("--eval_every_rounds", train=train, heldout=heldout)
     return heldout
 
 

@@ -61,8 +61,8 @@ class EvaluationConfig:
     sscd_disc_large, dinov2=ID, clip=ID, torchscript=FILE, python=MODULE:FUNCTION; NAME=FILE for
     weights on disk."""
     preprocessing: Literal["recommended", "legacy_dcr"] = "recommended"
-    """How images are prepared for the embedders: as their authors say, or as DCR and IET-AGC do,
-    for numbers that compare with theirs."""
+    """How images are prepared for --embedders: as their authors say, or as DCR and IET-AGC do, for
+    numbers that compare with theirs."""
     thresholds: tuple[float, ...] = (0.5,)
     """Similarities above which a generation counts as a copy."""
     quality_embedder: str = "inception"
@@ -94,6 +94,11 @@ class EvaluationConfig:
         positive(self, "pairs_shown", "confidence_level")
         below_one(self, "confidence_level")
         not_negative(self, "membership_samples")
+        if self.membership_samples == 1:
+            raise UserError(
+                "--membership_samples must be 0 or at least 2, as its intervals are over images; "
+                "got 1."
+            )
         if not self.embedders:
             raise UserError("--embedders must name at least one, for example pixels.")
         if len(set(self.embedders)) < len(self.embedders):

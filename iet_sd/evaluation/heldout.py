@@ -49,6 +49,19 @@ def load_heldout(data: DataConfig, train: Source) -> Source:
     return heldout
 
 
+def require_images(who: str, train: Source, heldout: Source | None = None) -> None:
+    """Errors: `UserError` for fewer than two images of a kind that vary on their own.
+
+    ``who`` needs them: the text begins with it.
+    """
+    units = {"training images": train.sample_ids}
+    if heldout is not None:
+        units["held-out images that are not near-duplicates of each other"] = heldout.groups
+    for what, names in units.items():
+        if (count := len(set(names))) < 2:
+            raise UserError(f"{who} compares images, so it needs at least 2 {what}; got {count}.")
+
+
 def check_disjoint(train: TableImages, heldout: TableImages) -> None:
     """No held-out image may be a training image: by its file's bytes, or by its pixels.
 

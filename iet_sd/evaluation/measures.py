@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from iet_sd.errors import UserError
 from iet_sd.evaluation import membership, quality
 from iet_sd.evaluation.closeness import RATIO_NEIGHBOURS, Ratios
 from iet_sd.evaluation.kid import kid_interval
@@ -332,13 +333,20 @@ def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, by: Resampling) -
         "kid_spread": spread,
         "fid": quality.frechet_distance(generated_GD, heldout_HD),
     }
-    found |= quality.precision_recall_density_coverage(heldout_HD, generated_GD)
-    found["vendi"] = quality.vendi_score(generated_GD)
-    warning = quality.small_sample_warning(
+    warnings = {}
+    if small := quality.small_sample_warning(
         len(generated_GD), len(heldout_HD), generated_GD.shape[1]
-    )
+    ):
+        warnings["fid"] = small
+    try:
+        found |= quality.precision_recall_density_coverage(heldout_HD, generated_GD)
+    except UserError as error:  # too few images for these alone
+        few = ("precision", "recall", "density", "coverage")
+        found |= dict.fromkeys(few, np.nan)
+        warnings |= dict.fromkeys(few, str(error))
+    found["vendi"] = quality.vendi_score(generated_GD)
     shown = [measure("Quality", name, value) for name, value in found.items()]
-    return [replace(m, warning=warning) if m.name == "fid" else m for m in shown]
+    return [replace(m, warning=warnings.get(m.name)) for m in shown]
 
 
 def mean_of(section: Section, name: str, value_G: np.ndarray, by: Resampling) -> Measure:

@@ -23,6 +23,7 @@ from iet_sd.data.sources import Source
 from iet_sd.errors import UserError
 from iet_sd.evaluation.embedders import Embedder
 from iet_sd.evaluation.features import embed
+from iet_sd.evaluation.heldout import require_images
 from iet_sd.evaluation.images import TableImages
 from iet_sd.evaluation.measures import Resampling
 from iet_sd.evaluation.membership import membership_auc, stratified_losses, stratified_timesteps
@@ -94,9 +95,9 @@ class Probe:
     ) -> None:
         """``batch_size``: that of training. Features are kept in ``cache_dir``.
 
-        Errors: as `check_images`, and `UserError` for an image that cannot be read.
+        Errors: as `require_images`, and `UserError` for an image that cannot be read.
         """
-        check_images(train, heldout)
+        require_images("--eval_every_rounds", train=train, heldout=heldout)
         self.config = config
         self.resolution = data.resolution
         self.embedder = embedder
@@ -226,17 +227,6 @@ class Probe:
             self.prompts,
         ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def check_images(train: Source, heldout: Source) -> None:
-    """Errors: `UserError` for fewer than two images of a kind that vary on their own."""
-    for name, units in {"training": train.sample_ids, "held-out": set(heldout.groups)}.items():
-        if len(units) < 2:
-            raise UserError(
-                "--eval_every_rounds compares images, so it needs at least 2 "
-                f"{name} images{' that are not of one group' if name == 'held-out' else ''}; got "
-                f"{len(units)}."
-            )
 
 
 def _of_losses(train_N: np.ndarray, heldout_N: np.ndarray) -> tuple[float, float, float, float]:

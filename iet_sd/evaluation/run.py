@@ -4,10 +4,12 @@ Letters in shapes: G generations, T training images, H held-out images, P prompt
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from iet_sd.errors import UserError
 from iet_sd.evaluation import measures, membership, quality
 from iet_sd.evaluation.closeness import Closeness, l2_ratios, unit
 from iet_sd.evaluation.copying import c_t
-from iet_sd.evaluation.embedders import build_embedder, check_embedder
+from iet_sd.evaluation.embedders import Preprocessing, build_embedder, check_embedder
 from iet_sd.evaluation.generate import Generations, generate
-from iet_sd.evaluation.heldout import heldout_of, load_heldout
+from iet_sd.evaluation.heldout import heldout_of, load_heldout, require_images
 from iet_sd.evaluation.images import TableImages
 from iet_sd.evaluation.measures import Measure, Resampling, measure
 from iet_sd.evaluation.pipelines import Model, check_pipeline
@@ -29,11 +31,16 @@ from iet_sd.evaluation.prompts import choose, prompt_of, request_for
 from iet_sd.evaluation.report import write_report
 from iet_sd.evaluation.rows import image_rows, pair_rows
 from iet_sd.evaluation.search import check_engine
-from iet_sd.evaluation.sets import Features, Images, Process, Subset
+from iet_sd.evaluation.sets import Features, Images, Process, Subset, View
 from iet_sd.evaluation.verdict import in_words
 
 RAW = "raw_pixels"
+_ALL = frozenset(product(("generated", "train", "heldout"), (False, True)))
+_TO_TRAIN = _ALL - {("train", True)}
+_AS_THEY_ARE = frozenset({("generated", False), ("heldout", False)})
 _PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "scikit-learn", "pillow")
+
+Use = tuple[str, Preprocessing]
 
 
 def check(settings: GenerateSettings | EvaluateSettings) -> None:
@@ -46,8 +53,14 @@ def check(settings: GenerateSettings | EvaluateSettings) -> None:
     config, data = settings.evaluation, settings.data
     data.require()
     check_engine(config.neighbour_engine)
-    for spec in _specs(settings):
-        check_embedder(spec, config.preprocessing, data.cache_dir)
+    for spec, preprocessing in _uses(settings):
+        check_embedder(spec, preprocessing, data.cache_dir)
+    prompts = settings.generation.prompts
+    if (len(prompts) if prompts else settings.generation.num_prompts) < 2:
+        raise UserError(
+            "An evaluation needs at least 2 prompts, as its intervals are over prompts; got 1. "
+            "Raise --num_prompts, or name more by --prompts; `generate` draws as few as you like."
+        )
     if not (data.heldout_split or data.heldout_data_dir or config.without_heldout):
         raise UserError(
             "Similarity means little without held-out images to compare with. Give them with "
@@ -92,18 +105,11 @@ def evaluate(
     sources = {"train": load_source(data)}
     if not config.without_heldout:
         sources["heldout"] = load_heldout(data, sources["train"])
-    for name, source in sources.items():
-        if len(source.sample_ids) < 2:
-            raise UserError(
-                f"Evaluation compares images, so it needs at least 2 {name} images; got "
-                f"{len(source.sample_ids)}."
-            )
+    require_images("An evaluation", **sources)
     cache_dir = Path(config.evaluation_cache_dir or output_dir / "cache")
     # Before images are drawn, which may take hours: one that is missing must not be found after.
-    embedders = {
-        spec: build_embedder(spec, config.preprocessing, model.device, data.cache_dir)
-        for spec in _specs(settings)
-    }
+    uses = _uses(settings)
+    embedders = {use: build_embedder(*use, model.device, data.cache_dir) for use in uses}
     generations, own_G = draw(settings, model, sources["train"], cache_dir, process)
     tables = {
         name: TableImages(source, data.resolution, data.image_interpolation_mode)
@@ -111,18 +117,16 @@ def evaluate(
     }
     images = Images(generations, tables["train"], tables.get("heldout"))
     features = {
-        spec: Features(embedder, images, cache_dir, config.embedding_batch_size, process)
-        for spec, embedder in embedders.items()
+        use: Features(embedder, images, cache_dir, config.embedding_batch_size, process, uses[use])
+        for use, embedder in embedders.items()
     }
     if process.index:
         return None
 
-    engine = config.neighbour_engine
-    near = {spec: Closeness.of(features[spec], own_G, engine) for spec in config.embedders}
-    first = config.embedders[0]
-    ratios = {
-        name: l2_ratios(features[RAW], name, engine) for name in ("generated", *list(sources)[1:])
-    }
+    engine, raw = config.neighbour_engine, features[_use(RAW)]
+    similarity = [features[spec, config.preprocessing] for spec in config.embedders]
+    near = [Closeness.of(each, own_G, engine) for each in similarity]
+    ratios = {name: l2_ratios(raw, name, engine) for name in ("generated", *list(sources)[1:])}
     losses = _losses(settings, model, tables, sources) if "heldout" in sources else {}
     groups = sources["heldout"].groups if "heldout" in sources else ()
     by = Resampling(
@@ -133,14 +137,14 @@ def evaluate(
         settings.generation.seed,
     )
     found: list[Measure] = []
-    for spec in config.embedders:
-        found += _of(features[spec], _similarity(near[spec], own_G, config.thresholds, by))
-    found += _of(features[first], _whole(features[first], near[first], by))
-    found += _of(features[RAW], measures.distances(ratios, by))
+    for of, each in zip(similarity, near, strict=True):
+        found += _of(of, _similarity(each, own_G, config.thresholds, by))
+    found += _of(similarity[0], _whole(similarity[0], near[0], by))
+    found += _of(raw, measures.distances(ratios, by))
     if losses:
         found += measures.losses(*(losses[name][1] for name in ("train", "heldout")), by)
     found += _quality(settings, features, generations, by)
-    found = _headlines(found, features[first].embedder.name)
+    found = _headlines(found, similarity[0].embedder.name)
 
     report = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -163,28 +167,37 @@ def evaluate(
         "quality_features": _quality_files(settings, features, output_dir),
         "measures": [asdict(m) for m in found],
         "verdict": in_words(found),
-        "histograms": [near[spec].histogram(features[spec].embedder.name) for spec in near],
+        "histograms": [
+            each.histogram(of.embedder.name) for of, each in zip(similarity, near, strict=True)
+        ],
     }
-    pairs = pair_rows(
-        generations, sources["train"], by.seed, near[first], ratios["generated"].ratio_Q
-    )
+    pairs = pair_rows(generations, sources["train"], by.seed, near[0], ratios["generated"].ratio_Q)
     rows = []
     for name, source in sources.items():
         ratio = ratios[name].ratio_Q if name in ratios else None
-        rows += image_rows(name, source, near[first].of_set(name), ratio, losses.get(name))
+        rows += image_rows(name, source, near[0].of_set(name), ratio, losses.get(name))
     write_report(output_dir, report, pairs, rows, generations, tables["train"], config.pairs_shown)
     return report
 
 
-def _specs(settings: EvaluateSettings) -> list[str]:
-    """All embedders that the settings need, each once."""
+def _use(spec: str, preprocessing: Preprocessing = "recommended") -> Use:
+    """An embedder, and how images are prepared for it: that of similarity alone can be chosen."""
+    return spec, preprocessing
+
+
+def _uses(settings: EvaluateSettings) -> dict[Use, set[View]]:
+    """All embedders that the settings need, and what each is to see."""
     config = settings.evaluation
-    specs = [*config.embedders, RAW]
+    wanted = [(_use(spec, config.preprocessing), _ALL) for spec in config.embedders]
+    wanted.append((_use(RAW), _TO_TRAIN))
     if config.quality_embedder != "none" and not config.without_heldout:
-        specs.append(config.quality_embedder)
+        wanted.append((_use(config.quality_embedder), _AS_THEY_ARE))
     if config.clip_score is not None:
-        specs.append(f"clip={config.clip_score}")
-    return list(dict.fromkeys(specs))
+        wanted.append((_use(f"clip={config.clip_score}"), {("generated", False)}))
+    uses: dict[Use, set[View]] = defaultdict(set)
+    for use, views in wanted:
+        uses[use] |= views
+    return uses
 
 
 def _of(features: Features, found: Sequence[Measure]) -> list[Measure]:
@@ -256,16 +269,16 @@ def _losses(
 
 def _quality(
     settings: EvaluateSettings,
-    features: dict[str, Features],
+    features: dict[Use, Features],
     generations: Generations,
     by: Resampling,
 ) -> list[Measure]:
     config, found = settings.evaluation, []
-    of = features.get(config.quality_embedder)
+    of = features.get(_use(config.quality_embedder))
     if of is not None and "heldout" in of:
         found += _of(of, measures.fidelity(of["generated"], of["heldout"], by))
     if config.clip_score is not None:
-        clip = features[f"clip={config.clip_score}"]
+        clip = features[_use(f"clip={config.clip_score}")]
         prompts = clip.embedder.encode_text(generations.request.prompts)
         score_G = quality.clip_score(clip["generated"], prompts[generations.prompt_G])
         found += _of(clip, [measures.mean_of("Quality", "clip_score", score_G, by)])
@@ -273,10 +286,10 @@ def _quality(
 
 
 def _quality_files(
-    settings: EvaluateSettings, features: dict[str, Features], output_dir: Path
+    settings: EvaluateSettings, features: dict[Use, Features], output_dir: Path
 ) -> dict[str, str] | None:
     """Where the features of the quality measures lie, seen from the report."""
-    of = features.get(settings.evaluation.quality_embedder)
+    of = features.get(_use(settings.evaluation.quality_embedder))
     if of is None or "heldout" not in of:
         return None
     return {

@@ -1,6 +1,6 @@
 """The sets of images that are compared, and their features by every embedder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,8 +53,12 @@ class Subset:
         return self.images[self.index[position]]
 
 
+View = tuple[str, bool]
+"""A set, by its name, and whether it is mirrored."""
+
+
 class Features:
-    """What one embedder says of all sets, as they are and mirrored."""
+    """What one embedder says of sets of images, as they are and mirrored."""
 
     def __init__(
         self,
@@ -63,8 +67,11 @@ class Features:
         cache_dir: Path,
         batch_size: int,
         process: Process,
+        views: Collection[View],
     ) -> None:
-        """Compute what is not in ``cache_dir``. All processes take part, and see the same.
+        """Compute of ``views`` what is not in ``cache_dir``, of the sets that there are.
+
+        All processes take part, and see the same.
 
         Errors: as `embed`.
         """
@@ -83,6 +90,7 @@ class Features:
             )
             for name, image_set in images.present().items()
             for flip in (False, True)
+            if (name, flip) in views
         }
 
     def __contains__(self, name: str) -> bool:

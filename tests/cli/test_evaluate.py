@@ -9,8 +9,12 @@ import pytest
 import yaml
 from PIL import Image, ImageOps
 
+from iet_sd.arguments import load
 from iet_sd.cli.main import main
+from iet_sd.config import EvaluateSettings
 from iet_sd.evaluation import generate as generate_module
+from iet_sd.evaluation import run, sets
+from iet_sd.evaluation.features import embed
 from tests.launching import Launched
 from tests.pipelines import RESOLUTION
 
@@ -119,14 +123,52 @@ def test_generate_draws_what_evaluate_draws(flags, tmp_path, monkeypatch, capsys
 
 
 def test_what_needs_more_images_is_left_out_with_a_warning(flags, tmp_path):
-    assert main(flags(num_prompts=6)) == 0
-    (c_t,) = [m for m in report_of(tmp_path / "evaluation")["measures"] if m["name"] == "c_t"]
-    assert c_t["value"] is None
-    assert "more images" in c_t["warning"]
+    assert main(flags(num_prompts=2)) == 0
+    found = {m["name"]: m for m in report_of(tmp_path / "evaluation")["measures"]}
+    for name in ("c_t", "precision", "recall", "density", "coverage"):
+        assert found[name]["value"] is None
+        assert "more images" in found[name]["warning"]
+    assert found["kid"]["value"] is not None
+
+
+def test_each_embedder_sees_what_is_measured_by_it_and_no_more(flags, tmp_path, monkeypatch):
+    seen = []
+
+    def counting(embedder, images, *given, flip, **more):
+        seen.append((embedder.name, len(images), flip))
+        return embed(embedder, images, *given, flip=flip, **more)
+
+    monkeypatch.setattr(sets, "embed", counting)
+    assert main(flags(num_prompts=7)) == 0
+    generated, train, heldout, both = 14, 16, 30, (False, True)
+    quality = "python=tests.few_features:quadrants"
+    assert sorted(seen) == sorted(
+        [
+            *(("pixels", count, flip) for count in (generated, train, heldout) for flip in both),
+            *(("raw_pixels", count, flip) for count in (generated, heldout) for flip in both),
+            ("raw_pixels", train, False),
+            *((quality, count, False) for count in (generated, heldout)),
+        ]
+    )
+
+
+def test_only_what_similarity_is_measured_by_can_be_prepared_as_by_dcr(flags):
+    given = {"embedders": "clip=a/b", "preprocessing": "legacy_dcr", "clip_score": "a/b"}
+    settings = load(flags(**given)[1:], EvaluateSettings, "evaluate")
+    as_they_are = {("generated", False), ("heldout", False)}
+    uses = run._uses(settings)
+    assert uses["clip=a/b", "recommended"] == {("generated", False)}
+    assert len(uses["clip=a/b", "legacy_dcr"]) == 6
+    assert uses["python=tests.few_features:quadrants", "recommended"] == as_they_are
+    # One that is used for both sees what either needs.
+    settings = load(flags(quality_embedder="pixels")[1:], EvaluateSettings, "evaluate")
+    assert {use: len(views) for use, views in run._uses(settings).items()} == {
+        ("pixels", "recommended"): 6,
+        ("raw_pixels", "recommended"): 5,
+    }
 
 
 def test_prompts_of_ones_own_have_no_own_image(flags, tmp_path):
-    assert main(flags(prompts="a cat", images_per_prompt=24)) == 2  # one prompt has no interval
     argv = flags(images_per_prompt=12)
     assert main([*argv, "--prompts", "a cat", "a dog", "a <b>bird</b>"]) == 0
     names = {m["name"] for m in report_of(tmp_path / "evaluation")["measures"]}
@@ -204,6 +246,9 @@ def test_without_heldout_images_only_on_request(flags, tmp_path, capsys):
         ({"embedders": "sscd"}, "sscd"),
         ({"embedders": "torchscript=nowhere.pt"}, "nowhere.pt"),
         ({"num_prompts": 0}, "--num_prompts"),
+        ({"num_prompts": 1}, "at least 2 prompts"),
+        ({"prompts": "a cat", "images_per_prompt": 24}, "at least 2 prompts"),
+        ({"membership_samples": 1}, "--membership_samples must be 0 or at least 2"),
         ({"quality_embedder": "clip"}, "clip=ID_OR_FOLDER"),
         ({"confidence_level": 1.5}, "--confidence_level"),
         ({"max_train_samples": 1}, "least 2"),

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = 240
 EXACT, MIRRORED, NEAR = 48, 24, 24  # 20 %, 10 %, 10 % of the prompts
 COPIES = EXACT + MIRRORED + NEAR
+VIEWS = {(name, flip) for name in ("generated", "train", "heldout") for flip in (False, True)}
 
 
 class Planted:
@@ -83,7 +84,7 @@ def evaluated(train, tmp_path_factory):
         (heldout, groups), _ = halves()
         embedder = build_embedder(spec, device=torch.device("cpu"))
         sets = Images(Planted(images), train, Planted(heldout))
-        features = Features(embedder, sets, cache_dir, 64, Process())
+        features = Features(embedder, sets, cache_dir, 64, Process(), VIEWS)
         near = Closeness.of(features, np.arange(len(images)) % len(train))
         by = Resampling(
             np.arange(len(images)), np.unique(groups, return_inverse=True)[1], resamples=500
