@@ -1,5 +1,6 @@
 """The pages beside the README: what they quote is there."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -14,10 +15,23 @@ SETTINGS = (Config, EvaluateSettings, GenerateSettings, CompareSettings, PushSet
 FLAGS = {
     f.name for s in SETTINGS for part in s.sections().values() for f in dataclasses.fields(part)
 }
-# Texts that Python puts together from pieces, as one.
-CODE = re.sub(
-    r'"\s+f?"', "", "\n".join(p.read_text("utf-8") for p in sorted(ROOT.glob("iet_sd/**/*.py")))
-)
+
+
+def without_docstrings(path):
+    """Code whose texts are those that are said."""
+    tree = ast.parse(path.read_text("utf-8"))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            texts = [
+                n for n in body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+            ]
+            node.body = [n for n in body if n not in texts] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+# Texts that Python puts together from pieces are one already.
+CODE = "\n".join(without_docstrings(p) for p in sorted(ROOT.glob("iet_sd/**/*.py")))
 # Of accelerate and ourselves.
 OTHERS = {"quiet", "help", "config"}
 # Said by the system, not by us.

@@ -153,6 +153,9 @@ def _setting(value: Any) -> str:
     return "–" if value in (None, "") else str(value)
 
 
+_MOST_DIGITS = 6
+
+
 def format_measure(measure: Mapping[str, Any]) -> tuple[str, str]:
     """Value and interval as text: to two significant digits of the interval's half width.
 
@@ -177,7 +180,7 @@ def _fixed(value: float, digits: int) -> str:
     if value and abs(value) < 5e-5:  # would read as zero
         text = f"{value:.1e}"
     else:
-        text = f"{value:,.{min(max(digits, 0), 4)}f}"
+        text = f"{value:,.{min(max(digits, 0), _MOST_DIGITS)}f}"
     return text.replace("-", "−")
 
 
