@@ -19,6 +19,7 @@ from iet_sd.engine.proxy import averaged
 from iet_sd.engine.rounds import Event, RoundDone, ShardDone, State, StepDone
 from iet_sd.engine.tracking import MetricsFile, table
 from iet_sd.evaluation.frontier import Recommendation
+from iet_sd.files import atomic_file
 from iet_sd.hub.background import BackgroundPush
 from iet_sd.hub.card import write_card, write_settings
 from iet_sd.hub.contents import GRID, METRICS, SETTINGS
@@ -70,7 +71,6 @@ class Reporter:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             path = self.output_dir / METRICS
             self.metrics = MetricsFile(path, state.history, prober.lines)
-            write_settings(self.output_dir, config)
         # A tracker's settings are flat and simple; a list becomes its text.
         flat = {
             k: v if isinstance(v, int | float | str) else str(v)
@@ -112,7 +112,7 @@ class Reporter:
         with averaged(self.parameters, state.ema, state.weights):
             save_result(self.components, model, self.output_dir)
             if self.config.training.validation_prompts:
-                self._draw().save(self.output_dir / GRID)
+                self._save_picture(self._draw(), GRID)
         advice = self._advise()
         self._write_card(self.output_dir, num_samples, GRID, advice.text if advice else "")
         print(table(self.metrics.lines))
@@ -170,7 +170,7 @@ class Reporter:
         if self._draws_after(event):
             with averaged(self.parameters, self.state.ema, self.state.weights):
                 picture = self._draw()
-            picture.save(self.output_dir / f"validation-{event.round}.png")
+            self._save_picture(picture, f"validation-{event.round}.png")
             self._log_picture("validation", picture)
         if self.background is not None:
             self._push_round(event.round)
@@ -221,13 +221,18 @@ class Reporter:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [picture]}, self._step())
 
+    def _save_picture(self, picture: Image.Image, name: str) -> None:
+        """Whole or not at all: a push may come any time."""
+        with atomic_file(self.output_dir / name) as file:
+            picture.save(file, "PNG")
+
     def _advise(self) -> Recommendation | None:
         """The round to keep, noted and drawn, if rounds were measured."""
         if not self.prober.on:
             return None
         advice = self.prober.recommendation()
         picture = self.prober.draw(advice)
-        picture.save(self.output_dir / PICTURE)
+        self._save_picture(picture, PICTURE)
         self._log_picture("frontier", picture)
         if advice is not None:
             self.metrics.append(advice.line())

@@ -171,6 +171,8 @@ MISTAKES = {
     "more shards than images": ({"num_shards": 17}, "lower --num_shards"),
     "contradiction": ({"method": "none", "num_shards": 4}, "--method none is plain"),
     "nothing to resume": ({"resume_from_checkpoint": "checkpoint-7"}, "not a checkpoint folder"),
+    "no such held-out folder": ({"heldout_data_dir": "nowhere"}, "--heldout_data_dir nowhere"),
+    "a LoRA's flag": ({"rank": 8}, "--rank needs --train_mode lora"),
     "odd resolution": ({"resolution": 36}, "multiple of 8"),
     "missing tracker": ({"report_to": "wandb"}, "pip install wandb"),
     "no xformers": ({"enable_xformers_memory_efficient_attention": ""}, "requirements-xformers"),
@@ -184,6 +186,17 @@ def test_a_mistake_is_one_clear_error(given, message, argv, capsys):
     assert said.err.splitlines()[-1].startswith("error: ")
     assert message in said.err
     assert "Traceback" not in said.err + said.out
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed"), ("MEGATRON_LM", "Mega")]
+)
+def test_what_accelerate_is_configured_for_is_refused_if_it_is_not_done(
+    variable, name, argv, monkeypatch, capsys
+):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    assert train(argv()) == 2
+    assert f"accelerate's configuration asks for {name}" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")

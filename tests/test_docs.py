@@ -33,7 +33,7 @@ def without_docstrings(path):
 # Texts that Python puts together from pieces are one already.
 CODE = "\n".join(without_docstrings(p) for p in sorted(ROOT.glob("iet_sd/**/*.py")))
 # Of accelerate and ourselves.
-OTHERS = {"quiet", "help", "config"}
+OTHERS = {"quiet", "help", "config", "config_file"}
 # Said by the system, not by us.
 FOREIGN = {"No space left on device"}
 

@@ -94,6 +94,19 @@ def test_nothing_of_this_machine(card, given, tmp_path, monkeypatch):
     assert home.data.to_dict() == found.data.to_dict()
 
 
+@pytest.mark.parametrize(
+    "prompt", ["a photo, " * 40 + "85mm, f/1.8", "~nobody of this name/x", "zero \0 / byte"]
+)
+def test_a_prompt_is_no_place(prompt, config, tmp_path):
+    """However long, and whatever it begins with."""
+    folder = tmp_path / "result"
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    write_settings(folder, config(validation_prompts=(prompt,)))
+    settings = yaml.safe_load(contents(folder, "me/cats")[SETTINGS])
+    assert settings["validation_prompts"] == [prompt]
+    assert settings["train_data_dir"] == "pictures"
+
+
 def test_a_relative_folder_is_called_by_its_own_name(card, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "result")
     assert "# result" in card(output_dir=".").text

@@ -88,6 +88,7 @@ def make_accelerator(
     one_thread_by_default = launched and os.environ.get("OMP_NUM_THREADS") == "1"
     on_cpu = not torch.accelerator.is_available()
     _check_precision(mixed_precision, on_cpu)
+    _check_launch()
     # NCCL would else abort this process when another is gone, before it can say what to do.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     accelerator = Accelerator(
@@ -98,6 +99,8 @@ def make_accelerator(
         **options,
     )
     _set_up_logging(accelerator.is_main_process)
+    if (backend := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) not in ("no", ""):
+        logger.warning("accelerate's dynamo_backend %s is left out: see --torch_compile", backend)
     if one_thread_by_default and on_cpu and accelerator.num_processes == 1:
         _use_all_cores()
     return accelerator
@@ -110,6 +113,17 @@ def _check_precision(flag: str | None, on_cpu: bool) -> None:
         raise UserError(f"--mixed_precision {precision}: expected no, fp16 or bf16.")
     if precision == "fp16" and on_cpu:
         raise UserError("--mixed_precision fp16 needs a GPU, and there is none: use no or bf16.")
+
+
+def _check_launch() -> None:
+    """Errors: `UserError` for what accelerate's own configuration asks for and is not done here."""
+    asks = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed", "MEGATRON_LM": "Megatron-LM"}
+    for variable, name in asks.items():
+        if os.environ.get(f"ACCELERATE_USE_{variable}", "").lower() in ("true", "1"):
+            raise UserError(
+                f"accelerate's configuration asks for {name}, and each process here trains whole "
+                "proxies. Run `accelerate config`, or launch with a --config_file without it."
+            )
 
 
 def _use_all_cores() -> None:

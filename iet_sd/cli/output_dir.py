@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from iet_sd import probing
+from iet_sd.arguments import read_yaml
 from iet_sd.config import Config
 from iet_sd.engine import checkpoint
 from iet_sd.errors import UserError
@@ -65,12 +66,14 @@ def take_output_dir(config: Config, at_end: ExitStack) -> None:
 def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     """The checkpoint to go on from, if any; reads all of it, so on the main process alone.
 
-    Errors: `UserError` for one that is not there or damaged, or for an output folder with what no
-    run may write over without being told to.
+    Errors: `UserError` for one that is not there or damaged, for an output folder with what no run
+    may write over without being told to, or may not write over at all as no run has written it.
     """
     training = config.training
     output_dir = Path(training.output_dir)
     found = checkpoint.find(output_dir, training.resume_from_checkpoint)
+    if not training.dry_run and not goes_on_here(found, output_dir):
+        _check_nothing_of_others(output_dir)
     may_write_over = training.dry_run or training.overwrite_output_dir
     if not may_write_over and not goes_on_here(found, output_dir):
         # An unfinished run without checkpoints can be started again by the same command.
@@ -181,6 +184,26 @@ def _check_inputs(output_dir: Path, config: Config) -> None:
                 f"{name}, the {what} to start from, is what a run writes in --output_dir "
                 f"{output_dir}; give another one."
             )
+
+
+def _check_nothing_of_others(output_dir: Path) -> None:
+    """Errors: `UserError` for files of the names that a run writes, where there has been no run."""
+    if any(any(output_dir.glob(name)) for name in _RECORDS) or _has_settings(output_dir):
+        return
+    found = sorted(path.name for path in output_dir.glob("[!.]*") if _WRITTEN.fullmatch(path.name))
+    if found:
+        raise UserError(
+            f"--output_dir {output_dir} holds {', '.join(found)}, which no run has written, and "
+            "this one would write over. Move that elsewhere, or give another folder."
+        )
+
+
+def _has_settings(output_dir: Path) -> bool:
+    """Whether the settings of a run are there, which it writes first of all."""
+    try:
+        return bool(read_yaml(output_dir / SETTINGS, Config, "settings"))
+    except UserError:
+        return False
 
 
 def _check_nothing_lost(output_dir: Path, names: tuple[str, ...]) -> None:

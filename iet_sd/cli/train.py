@@ -56,7 +56,9 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan
     from iet_sd.engine.caching import choose
+    from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.identity import identity
     from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
     from iet_sd.models.finding import check_model
@@ -103,6 +105,10 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     shard_of_N = split(source.groups, method.num_shards, seed, method.shard_split)
     visits = source.visits_per_epoch(shard_of_N, config.training.train_batch_size)
     steps = plan.steps_per_round(config, visits)
+    if found:  # before anything is loaded or encoded
+        known = identity(config, steps, "", source.fingerprint())
+        require_same(found, known, but={"model"})
+    plan.warn_of_rounding(config, steps)
     beforehand = choose(config, source, plan.visits(config, steps))
     if config.training.dry_run:
         if accelerator.is_main_process:
@@ -151,12 +157,14 @@ def _run(
     from iet_sd.cli.output_dir import goes_on_here, make_way
     from iet_sd.engine import plan
     from iet_sd.engine.caching import cached_images
+    from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.checkpointer import Checkpointer
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import Objective, check_dream
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
+    from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
     from iet_sd.models.fingerprint import fingerprint
@@ -175,6 +183,11 @@ def _run(
     components.latent_size(config.data.resolution)
     parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
     processes = accelerator.process_index, accelerator.num_processes
+    files = components.folder, components.variant, components.vae_folder
+    model = from_main(lambda: fingerprint(*files), *processes)
+    shared = identity(config, steps, model, source.fingerprint())
+    if found:
+        require_same(found, shared)
     # Before the UNet takes its room on the device.
     components.device = device
     dataset = cached_images(config, source, components, beforehand, *processes)
@@ -214,16 +227,15 @@ def _run(
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
     )
-    files = components.folder, components.variant, components.vae_folder
-    model = from_main(lambda: fingerprint(*files), *processes)
-    shared = identity(config, steps, model, source.fingerprint())
     output_dir = Path(training.output_dir)
     with open_store(training.proxy_store, output_dir, *processes) as store:
         state = trainer.start(shard_of_N, store)
         checkpointer = Checkpointer(training, trainer, state, shared, signals)
         checkpointer.load(found)
-        if accelerator.is_main_process and not goes_on_here(found, output_dir):
-            make_way(config)
+        if accelerator.is_main_process:
+            if not goes_on_here(found, output_dir):
+                make_way(config)
+            write_settings(output_dir, config)  # by which the folder is known as a run's
         prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
         prober.begin(source, heldout, found and found.folder)
         checkpointer.begin(found)
@@ -245,6 +257,10 @@ def _load_heldout(config: Config, train: "Source") -> "Source | None":
     Errors: as `load_heldout` and `require_images`.
     """
     if config.probe.eval_every_rounds is None:
+        # For `evaluate`, which reads of them in the settings that are written.
+        folder = config.data.heldout_data_dir
+        if folder is not None and not Path(folder).expanduser().exists():
+            raise UserError(f"--heldout_data_dir {folder} is not there. Expected a folder.")
         return None
     from iet_sd.evaluation.embedders import check_embedder
     from iet_sd.evaluation.heldout import load_heldout, require_images

@@ -1,5 +1,6 @@
 """Settings of the model."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -88,9 +89,9 @@ class ModelConfig:
             raise UserError(
                 "--torch_compile_mode says how --torch_compile works, and that is not given."
             )
-        lora_only = [n for n in ("use_dora", "save_kohya_lora", "merge_lora") if getattr(self, n)]
-        if lora_only and self.train_mode != "lora":
-            raise UserError(f"--{lora_only[0]} needs --train_mode lora; got {self.train_mode}.")
+        # Else a LoRA script's command would fine-tune all weights.
+        if self.train_mode != "lora" and (given := self._lora_settings()):
+            raise UserError(f"--{given[0]} needs --train_mode lora; got {self.train_mode}.")
         if self.use_dora and self.lora_aggregation == "product":
             raise UserError(
                 "--lora_aggregation product averages what adapters add to a layer, BA; with "
@@ -102,3 +103,14 @@ class ModelConfig:
                 "lengths, or columns, or leave it out. Train without --use_dora, or fold the "
                 "adapter into the model by --merge_lora."
             )
+
+    def _lora_settings(self) -> list[str]:
+        """What is set of an adapter, and not as it is by default."""
+        about = ("rank", "use_dora", "save_kohya_lora", "merge_lora")
+        found = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = tuple(value) if isinstance(value, list) else value  # a list of a YAML file
+            if (field.name in about or field.name.startswith("lora_")) and value != field.default:
+                found.append(field.name)
+        return found

@@ -1,5 +1,6 @@
 """Settings of a training run."""
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -155,6 +156,11 @@ class TrainingConfig:
         below_one(self, "adam_beta1", "adam_beta2")
         positive(self, "max_train_steps", "snr_gamma", "text_encoder_lr", "cache_crops")
         positive(self, "validation_rounds", "checkpoints_total_limit")
+        # No shell has done it after a =, nor in a file.
+        object.__setattr__(self, "output_dir", os.path.expanduser(self.output_dir))
+        if self.resume_from_checkpoint:
+            there = os.path.expanduser(self.resume_from_checkpoint)
+            object.__setattr__(self, "resume_from_checkpoint", there)
         if self.fused_adamw and self.use_8bit_adam:
             raise UserError(
                 "--fused_adamw is a way of PyTorch's AdamW, and --use_8bit_adam takes that of "

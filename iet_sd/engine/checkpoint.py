@@ -23,7 +23,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def find(output_dir: Path, name: str | None) -> Checkpoint | None:
     if there:
         raise UserError(
             f"--resume_from_checkpoint latest: every checkpoint in {output_dir} is damaged. "
-            "Start from the beginning with --overwrite_output_dir."
+            "Start from the beginning with --overwrite_output_dir and without "
+            "--resume_from_checkpoint."
         )
     logger.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
     return None
@@ -136,18 +137,27 @@ def save(
     return final
 
 
+def require_same(found: Checkpoint, identity: dict[str, Any], but: Collection[str] = ()) -> None:
+    """Errors: `UserError` with every difference of the checkpoint's identity from ``identity``.
+
+    ``but`` what is not known yet.
+    """
+    pair = ({k: v for k, v in of.items() if k not in but} for of in (found.identity, identity))
+    if differing := differences(*pair):
+        raise UserError(
+            f"{found.folder} was made with other settings, model or data, so training cannot go "
+            f"on exactly: {'; '.join(differing)}. Use the same ones, or start anew in another "
+            "--output_dir."
+        )
+
+
 def load(found: Checkpoint, state: State, identity: dict[str, Any]) -> None:
     """Put ``state``, fresh from `Trainer.start`, back to the end of the checkpoint's round.
 
-    Errors: `UserError` with every difference of the checkpoint's identity from ``identity``.
+    Errors: as `require_same`.
     """
+    require_same(found, identity)
     folder = found.folder
-    if differing := differences(found.identity, identity):
-        raise UserError(
-            f"{folder} was made with other settings, model or data, so training cannot go on "
-            f"exactly: {'; '.join(differing)}. Use the same ones, or start anew in another "
-            "--output_dir."
-        )
     state.round = found.round
     state.weights = load_file(folder / "weights.safetensors")
     state.moments = load_file(folder / "moments.safetensors")

@@ -4,6 +4,7 @@ Models are counted without weights (`iet_sd.engine.sizes`); the speed of this ma
 matrix products.
 """
 
+import logging
 import math
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from iet_sd.engine import sizes
 from iet_sd.errors import UserError
 from iet_sd.models.adapter import lora_pairs, make_trainable
 
+logger = logging.getLogger(__name__)
 # Convolutions and attention of a UNet reach between a half and a fifth of the speed of one large
 # matrix product.
 _EFFICIENCY = (0.5, 0.2)
@@ -33,6 +35,22 @@ def steps_per_round(config: Config, num_samples: int) -> int:
         training.num_train_epochs * math.ceil(num_samples / training.samples_per_update)
     )
     return math.ceil(total / (method.num_shards * method.num_rounds))
+
+
+def warn_of_rounding(config: Config, steps: int) -> None:
+    """Say so where ``steps`` a round come to clearly more than --max_train_steps."""
+    method, asked = config.method, config.training.max_train_steps
+    total = steps * method.num_shards * method.num_rounds
+    if asked and not method.steps_per_round and total > 1.05 * asked:
+        logger.warning(
+            "--max_train_steps %d becomes %d: all of %d shards make whole steps in each of %d "
+            "rounds. Give a multiple of %d, fewer --num_rounds, or --steps_per_round.",
+            asked,
+            total,
+            method.num_shards,
+            method.num_rounds,
+            method.num_shards * method.num_rounds,
+        )
 
 
 def visits(config: Config, steps: int) -> int:

@@ -127,7 +127,11 @@ def shown(name: str) -> str:
 
 def is_local(name: str) -> bool:
     """Whether a name is that of a file or folder here, or could be of no other thing."""
-    return Path(name).expanduser().is_absolute() or Path(name).expanduser().exists()
+    try:
+        path = Path(name).expanduser()
+        return path.is_absolute() or path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long, of no user, or with a zero: a prompt
+        return False
 
 
 def _places(settings: dict[str, Any]) -> dict[str, str]:

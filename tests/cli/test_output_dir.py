@@ -115,6 +115,26 @@ def test_what_a_run_has_left_is_not_written_over(name, config, output):
     assert open_checkpoint(config(overwrite_output_dir=True)) is None
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_no_run_has_written_stays_whatever_its_name(overwrite, config, output):
+    """As the README of a project, or a folder called best."""
+    folder = output("README.md", "best/notes.txt", "training_config.yaml", "of-others.txt")
+    (folder / "training_config.yaml").write_text("their: settings\n")
+    said = "holds README.md, best, training_config.yaml, which no run has written"
+    with pytest.raises(UserError, match=said):
+        open_checkpoint(config(overwrite_output_dir=overwrite))
+    # Of a run that was killed before it wrote more than its settings.
+    (folder / "training_config.yaml").write_text("num_shards: 4\n")
+    assert open_checkpoint(config(overwrite_output_dir=overwrite)) is None
+
+
+def test_a_home_is_expanded(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = config(output_dir="~/run", resume_from_checkpoint="~/run/checkpoint-1").training
+    there = tmp_path / "run"
+    assert (found.output_dir, found.resume_from_checkpoint) == (str(there), f"{there}/checkpoint-1")
+
+
 def test_a_result_is_not_written_over_by_going_on_from_nothing(config, output):
     """As ``latest`` is also given to start a job, but not to replace a finished model."""
     output("metrics.jsonl", "training_config.yaml")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from iet_sd.cli.train import train
-from iet_sd.engine import sealed
+from iet_sd.engine import caching, sealed
 from iet_sd.engine.rounds import Trainer
-from iet_sd.models import layout
+from iet_sd.models import layout, loading
 from tests.cli.test_output_dir import names
 from tests.compare import equal
 from tests.engine.running import flip, timeless
@@ -63,7 +63,7 @@ def test_the_same_model_and_data_at_another_place(
 
 @pytest.mark.parametrize("changed", ["model", "image", "caption"])
 def test_another_model_or_data_of_the_same_name_is_refused(
-    changed, stopped, argv, pipelines, images, tmp_path, capsys
+    changed, stopped, argv, pipelines, images, tmp_path, monkeypatch, capsys
 ):
     model = shutil.copytree(pipelines["sd1"], tmp_path / "model")
     data = shutil.copytree(images, tmp_path / "data")
@@ -78,6 +78,11 @@ def test_another_model_or_data_of_the_same_name_is_refused(
         rows = (data / "metadata.jsonl").read_text()
         (data / "metadata.jsonl").write_text(rows.replace("dog 7", "dog 8"))
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    # Before what would take long: of data before the weights are loaded, of a model before images
+    # are encoded.
+    monkeypatch.setattr(caching, "cached_images", None)
+    if changed != "model":
+        monkeypatch.setattr(loading, "load_components", None)
     assert train(argv(**places, resume_from_checkpoint="latest")) == 2
     said = capsys.readouterr().err
     assert "was made with other settings, model or data" in said

@@ -92,7 +92,9 @@ def test_a_save_within_a_round_is_named_and_done_without(
 def test_if_all_are_damaged_nothing_starts(saved, tmp_path):
     for number in (1, 2):
         (tmp_path / f"checkpoint-{number}" / "state.json").unlink()
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged.*--overwrite_output"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint in .* is damaged.*--overwrite_output_dir and without"
+    ):
         checkpoint.find(tmp_path, "latest")
     assert len(list(tmp_path.glob("checkpoint-*"))) == 2
 

@@ -50,6 +50,14 @@ def test_steps_per_round(given, samples, expected, settings):
     assert plan.steps_per_round(settings(**given), samples) == expected
 
 
+@pytest.mark.parametrize(("asked", "said"), [(20, False), (39, False), (21, True), (3, True)])
+def test_more_updates_than_were_asked_for_are_said(asked, said, settings, caplog):
+    config = settings(max_train_steps=asked, num_shards=4, num_rounds=5)
+    plan.warn_of_rounding(config, plan.steps_per_round(config, 16))
+    total = 20 if asked <= 20 else 40
+    assert (f"--max_train_steps {asked} becomes {total}: " in caplog.text) == said
+
+
 def test_no_more_processes_than_shards(settings):
     config = settings(num_shards=3)
     for number in (1, 2, 3):
