@@ -13,6 +13,7 @@ from iet_sd.evaluation.ratio import l2_ratio
 from iet_sd.evaluation.run import _headlines
 from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate
+from iet_sd.evaluation.texts import TEXTS
 from iet_sd.evaluation.verdict import in_words
 
 RNG = np.random.default_rng(0)
@@ -117,7 +118,7 @@ def test_what_warns_is_no_headline():
     ],
 )
 def test_every_name_finds_its_own_text(name, kind):
-    assert measure("Copying", name, 1.0).meaning == measures.TEXTS[kind].meaning
+    assert measure("Copying", name, 1.0).meaning == TEXTS[kind].meaning
 
 
 def test_an_estimate_brings_its_interval():
@@ -127,7 +128,7 @@ def test_an_estimate_brings_its_interval():
 
 
 def test_texts_are_sentences():
-    for text in measures.TEXTS.values():
+    for text in TEXTS.values():
         assert text.meaning.endswith(".")
         assert len(text.meaning) < 160
 
