@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from iet_sd.errors import UserError
 from iet_sd.evaluation import membership, quality
 from iet_sd.evaluation.closeness import RATIO_NEIGHBOURS, Ratios
 from iet_sd.evaluation.kid import kid_interval
@@ -205,19 +206,26 @@ def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list
 
 def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, by: Resampling) -> list[Measure]:
     """Quality against held-out images, since copies are near to training images and score well."""
-    spread = quality.kernel_distance(generated_GD, heldout_HD, seed=by.seed)[1]
+    warnings = {
+        "fid": quality.small_sample_warning(
+            len(generated_GD), len(heldout_HD), generated_GD.shape[1]
+        )
+    }
+    try:
+        kid = kid_interval(generated_GD, heldout_HD, by.prompt_G, by.group_H, by.level)
+    except UserError as error:  # too few prompts or groups for this one measure
+        kid, warnings["kid"] = np.nan, str(error)
     found = {
-        "kid": kid_interval(generated_GD, heldout_HD, by.prompt_G, by.level),
-        "kid_spread": spread,
+        "kid": kid,
+        "kid_spread": quality.kernel_distance(generated_GD, heldout_HD, seed=by.seed)[1],
         "fid": quality.frechet_distance(generated_GD, heldout_HD),
     }
     found |= quality.precision_recall_density_coverage(heldout_HD, generated_GD)
     found["vendi"] = quality.vendi_score(generated_GD)
-    warning = quality.small_sample_warning(
-        len(generated_GD), len(heldout_HD), generated_GD.shape[1]
-    )
-    shown = [measure("Quality", name, value) for name, value in found.items()]
-    return [replace(m, warning=warning) if m.name == "fid" else m for m in shown]
+    return [
+        replace(measure("Quality", name, value), warning=warnings.get(name))
+        for name, value in found.items()
+    ]
 
 
 def mean_of(section: Section, name: str, value_G: np.ndarray, by: Resampling) -> Measure:

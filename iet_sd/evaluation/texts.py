@@ -109,12 +109,14 @@ TEXTS = {
     "kid": Text(
         "KID",
         "lower",
-        "Kernel distance of generations and held-out images; unbiased in the number of images.",
+        "Kernel distance of generations and held-out images, over pairs of different prompts and "
+        "of different groups; unbiased in their numbers.",
     ),
     "kid_spread": Text(
         "KID, spread",
         None,
-        "Standard deviation over 100 random subsets of up to 1,000 images, as usually given.",
+        "Standard deviation over 100 random subsets of up to 1,000 images, as usually given; pairs "
+        "within a prompt or group count.",
     ),
     "fid": Text("FID", "lower", "Distance of Gaussians fitted to generations and held-out images."),
     "precision": Text("Precision", "higher", "Generations that look like a held-out image."),
