@@ -206,7 +206,7 @@ def _kid(first: Evaluation, second: Evaluation, level: float) -> Estimate | None
         return None
     # Features lie in the order of drawing: all images of a prompt together.
     prompt_G = np.arange(len(features[0])) // first.report["data"]["images_per_prompt"]
-    return kid_difference(*features, real, prompt_G, level)
+    return kid_difference(*features, real, prompt_G, first.column("group", "heldout"), level)
 
 
 def _words(

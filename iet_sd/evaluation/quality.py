@@ -42,7 +42,8 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID, the squared MMD under (x.y / D + 1)^3 (Bińkowski et al. 2018): mean and spread.
 
-    Unbiased, so around 0, and at times below, for sets of one distribution. The spread is the
+    Unbiased, so around 0, and at times below, for sets of one distribution whose images vary on
+    their own: for several images a prompt see `iet_sd.evaluation.kid`. The spread is the
     standard deviation over random subsets, not an interval: it shrinks as subsets, clipped to the
     smaller set, become the sets themselves. Computed by torch-fidelity.
     """

@@ -107,11 +107,13 @@ def test_what_each_picture_adds_to_kid_has_its_mean_and_its_spread():
     gen, real = rng.standard_normal((200, 5)), rng.standard_normal((150, 5)) + 0.3
     gen, real = (unit(each) * np.sqrt(5) for each in (gen, real))
     each = kid_of_each(gen, real)
-    whole = kid_interval(gen, real, np.arange(200)).value
+    real_units = np.arange(150)
+    whole = kid_interval(gen, real, np.arange(200), real_units).value
     assert each.mean() == pytest.approx(whole, rel=1e-9)
     # The jackknife over pictures.
     without = [
-        kid_interval(np.delete(gen, p, 0), real, np.arange(199)).value for p in range(0, 200, 4)
+        kid_interval(np.delete(gen, p, 0), real, np.arange(199), real_units).value
+        for p in range(0, 200, 4)
     ]
     assert 199 * np.std(without) == pytest.approx(each[::4].std(), rel=0.02)
     assert np.corrcoef(-np.array(without), each[::4])[0, 1] > 0.999

@@ -13,6 +13,7 @@ from iet_sd.evaluation.ratio import l2_ratio
 from iet_sd.evaluation.run import _headlines
 from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate
+from iet_sd.evaluation.texts import TEXTS
 from iet_sd.evaluation.verdict import in_words
 
 RNG = np.random.default_rng(0)
@@ -72,6 +73,16 @@ def test_fidelity_names_what_is_shaky():
     assert [name for name, m in found.items() if m.warning] == ["fid"]
 
 
+def test_without_prompts_or_groups_to_leave_out_there_is_no_kid():
+    by = Resampling(np.arange(40) % 5, np.arange(50) % 2)
+    found = named(fidelity(RNG.random((40, 16)), RNG.random((50, 16)), by))
+    assert np.isnan(found["kid"].value)
+    assert found["kid"].low is None
+    assert "at least 3 of each; got 5 and 2" in found["kid"].warning
+    assert [m.name for m in _headlines(list(found.values()), "inception") if m.headline] == []
+    assert np.isfinite(found["fid"].value)
+
+
 @pytest.mark.parametrize(("train", "warns"), [(49, True), (50, False), (60, False)])
 def test_ratios_of_few_training_images_warn(train, warns):
     distance = np.sort(RNG.random((G, min(train, 50))), axis=1)
@@ -117,7 +128,7 @@ def test_what_warns_is_no_headline():
     ],
 )
 def test_every_name_finds_its_own_text(name, kind):
-    assert measure("Copying", name, 1.0).meaning == measures.TEXTS[kind].meaning
+    assert measure("Copying", name, 1.0).meaning == TEXTS[kind].meaning
 
 
 def test_an_estimate_brings_its_interval():
@@ -127,7 +138,7 @@ def test_an_estimate_brings_its_interval():
 
 
 def test_texts_are_sentences():
-    for text in measures.TEXTS.values():
+    for text in TEXTS.values():
         assert text.meaning.endswith(".")
         assert len(text.meaning) < 160
 
