@@ -10,14 +10,14 @@ from typing import NamedTuple
 from benchmarks.efficacy.analysis import AtBudget, Comparison, best_reading
 from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.study import WEIGHTS
-from benchmarks.efficacy.tables import TITLES, UNSEEN, Seeds, as_table, interval, scalar
+from benchmarks.efficacy.tables import TITLES, UNSEEN, Seeds, as_table, having, interval, scalar
 
 TRAINED, MAIN, FIT = "kid_edges", "kid_unseen_edges", "misfit_edges"
 _SHOWN = (TRAINED, MAIN, FIT)
 
 
 class Unseen(NamedTuple):
-    """A method and plain of the same seeds, where both have drawn captions never trained on."""
+    """A method and plain, by the seeds of which both have drawn captions never trained on."""
 
     place: Place
     label: str
@@ -25,11 +25,7 @@ class Unseen(NamedTuple):
     @property
     def seeds(self) -> list[int]:
         """That are known."""
-        return self.place.seeds(self.label, MAIN)
-
-    def runs(self, label: str) -> Seeds:
-        """Of these seeds, of the method or of plain."""
-        return {seed: self.place.methods[label][seed] for seed in self.seeds}
+        return self.place.seeds(self.label)
 
     def end(self, quality: str) -> AtBudget:
         """At equal updates."""
@@ -42,8 +38,13 @@ class Unseen(NamedTuple):
 
 def known_unseen(places: Sequence[Place]) -> list[Unseen]:
     """Of all methods, as far as their readings say it."""
-    pairs = (Unseen(place, label) for place in places for label in place.paired)
-    return [each for each in pairs if each.seeds]
+    found = []
+    for place in places:
+        plain = having(place.plain, MAIN)
+        methods = {label: having(runs, MAIN) for label, runs in place.others.items()}
+        known = Place(place.setting, place.mode, plain, methods)
+        found += [Unseen(known, label) for label in methods if known.seeds(label)]
+    return found
 
 
 def course(runs: Seeds, quality: str) -> tuple[float, float, float]:
@@ -57,10 +58,8 @@ def course_table(found: Sequence[Unseen]) -> str:
     head = ["data", "method", "n", *(f"{TITLES[q]}: before, at best, end" for q in _SHOWN)]
     rows = [head, ["---"] * len(head)]
     for place in dict.fromkeys(each.place for each in found):
-        here = [each for each in found if each.place is place]
-        most = max(here, key=lambda each: len(each.seeds))
-        shown = {"plain": most.runs("plain")} | {each.label: each.runs(each.label) for each in here}
-        for label, runs in shown.items():
+        for label in ("plain", *(each.label for each in found if each.place is place)):
+            runs = place.methods[label]
             numbers = (", ".join(f"{v:.3f}" for v in course(runs, q)) for q in _SHOWN)
             rows.append([f"{place.setting}, {place.mode}", label, str(len(runs)), *numbers])
     return as_table(rows)
@@ -86,9 +85,8 @@ def in_words(found: Sequence[Unseen]) -> list[str]:
     said = []
     for place in dict.fromkeys(each.place for each in found):
         here = [each for each in found if each.place is place]
-        plain = max(here, key=lambda each: len(each.seeds)).runs("plain")
         trained, unseen = (
-            ", ".join(f"{value:.3f}" for value in course(plain, quality))
+            ", ".join(f"{value:.3f}" for value in course(place.plain, quality))
             for quality in (TRAINED, MAIN)
         )
         methods = "; ".join(

@@ -30,7 +30,7 @@ def known(found):
 def test_only_runs_that_have_drawn_them_count():
     (each,) = known(plant())
     assert (each.label, each.seeds) == ("ema", [0, 1])
-    assert each.place.seeds("ema") == [0, 1, 2]
+    assert sorted(each.place.plain) == [0, 1]
     assert known([planted(Protocol(), m, 0, 1, 1.0) for m in ("plain", "agc")]) == []
     # Of a seed that only one of the two has, nothing is paired.
     plain, *_, ema, _, _ = plant()
@@ -48,7 +48,7 @@ def test_quality_of_unseen_captions_is_compared_at_equal_updates_and_levels_are_
     assert level.second.value == pytest.approx(level.first.value / 2, abs=1e-3)
     # Held-out losses are lowest at the third reading.
     for label, kid_R in (("plain", WORSE), ("ema", BETTER)):
-        found = unseen.course(each.runs(label), unseen.MAIN)
+        found = unseen.course(each.place.methods[label], unseen.MAIN)
         assert found == pytest.approx((kid_R[0], kid_R[2], kid_R[4]), abs=1e-3)
 
 
