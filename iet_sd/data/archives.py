@@ -15,6 +15,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
+from iet_sd.data.checks import is_filled
 from iet_sd.data.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES
 from iet_sd.errors import UserError
 
@@ -83,7 +84,7 @@ def _rows(
                 "sample_id": f"{path.name}/{key}" if key in seen else key,
                 image_column: _image(files, image_column, where),
                 caption_column: captions,
-                **{name: None if v is None else str(v) for name, v in values.items()},
+                **{name: str(v) if is_filled(v) else None for name, v in values.items()},
             }
         seen |= here
     missing = [name for name in columns if name not in found]

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
+from iet_sd.data.checks import is_filled
 from iet_sd.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -80,7 +81,7 @@ def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
     content: dict[str, list[Any]] = {"sample_id": [path.as_posix() for path in paths]}
     for column in columns:
         values = [rows.get(path, {}).get(column) for path in paths]
-        content[column] = [None if value is None else str(value) for value in values]
+        content[column] = [str(value) if is_filled(value) else None for value in values]
     features = dict.fromkeys(content, Value("string"))
     features[config.caption_column] = List(Value("string"))
     features[config.image_column] = Image(decode=False)

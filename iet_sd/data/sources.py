@@ -83,7 +83,7 @@ def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
     if column is None:
         return [f"{position:06d}" for position in range(len(rows))]
     checks.require_column(rows, "sample_id_column", column, "names", checks.is_name)
-    names = [str(value) for value in checks.cells(rows, column) if value not in (None, "")]
+    names = [str(value) for value in checks.cells(rows, column) if checks.is_filled(value)]
     if len(names) < len(rows):
         raise UserError(
             f"Column {column!r} names only {len(names)} of {len(rows)} samples. Fill it, or name "
@@ -103,7 +103,8 @@ def _groups(rows: Dataset, config: DataConfig) -> list[Any] | None:
     if config.group_column is None:
         return None
     checks.require_column(rows, "group_column", config.group_column, "names", checks.is_name)
-    return checks.cells(rows, config.group_column)
+    cells = checks.cells(rows, config.group_column)
+    return [cell if checks.is_filled(cell) else None for cell in cells]
 
 
 def _repeats(rows: Dataset, names: list[str], config: DataConfig) -> list[int]:
@@ -115,7 +116,7 @@ def _repeats(rows: Dataset, names: list[str], config: DataConfig) -> list[int]:
     repeats = []
     for name, value in zip(names, checks.cells(rows, column), strict=True):
         # As a text, since a folder's metadata are.
-        text = "1" if value is None else str(value) or "1"
+        text = str(value) if checks.is_filled(value) else "1"
         if not text.isdecimal() or int(text) < 1:
             raise UserError(
                 f"{name}: --repeats_column {column} must hold a whole number of 1 or more; got "
