@@ -121,7 +121,7 @@ def test_columns_of_the_json(archives, config):
     )
     source = load_source(settings)
     assert source.repeats == (1, 3, 1)
-    assert source.groups == ("sample 0001", "group dogs", "group none")
+    assert source.groups == (f"group {source.digests[0]}", "group dogs", "group none")
     message = error_of(config(archives, group_column="famly"))
     assert "has 'famly'. They hold family, n, text" in message
 

@@ -1,7 +1,4 @@
-"""Sources: tables, names and groups, repeats, and the Hub."""
-
-import json
-import shutil
+"""Sources: tables, names, repeats, and the Hub."""
 
 import datasets
 import pytest
@@ -124,7 +121,7 @@ def test_row_without_an_image(config, tmp_path):
     assert "000001: the row holds no image" in error_of(config(tmp_path / "x"))
 
 
-# Names, groups, number of samples
+# Names, number of samples
 
 
 def test_sample_ids(config, tmp_path):
@@ -151,13 +148,6 @@ def test_position_names_survive_a_skip(config, tmp_path):
     assert reds(source) == [0, 2]
 
 
-def test_equal_files_are_one_group(folder, config):
-    root = folder(["a.png", "b.png", "c.png"])
-    shutil.copy(root / "a.png", root / "c.png")
-    first, second, third = load_source(config(root)).groups
-    assert first == third != second
-
-
 def test_without_checks_no_image_is_read(folder, config):
     """Nothing is known of them then; what each sample is called still is."""
     root = folder(["a.png", "b.png"])
@@ -167,36 +157,6 @@ def test_without_checks_no_image_is_read(folder, config):
     assert source.sample_ids == ("a.png", "b.png")
     assert source.groups == ("sample a.png", "sample b.png")
     assert source.digests == (None, None)
-
-
-def test_group_column(config, tmp_path):
-    table(5, family=["f", "g", "f", None, None]).save_to_disk(tmp_path / "x")
-    groups = load_source(config(tmp_path / "x", group_column="family")).groups
-    assert groups[0] == groups[2]
-    assert len(set(groups)) == 4  # a row without a family is alone
-    assert "family" in error_of(config(tmp_path / "x", group_column="nothing"))
-
-
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "table"])
-def test_cells_that_are_left_empty_are_no_group(folder, config, tmp_path, kind):
-    """Whatever a reader makes of them; nor are they repeats."""
-    root = folder(["a.png", "b.png", "c.png", "d.png"], rows=[])
-    if kind == "csv":
-        lines = ["a.png,a,f,", "b.png,b,,", "c.png,c,,2", "d.png,d, ,"]
-        (root / "metadata.csv").write_text("\n".join(["file_name,text,family,n", *lines]))
-    elif kind == "jsonl":
-        # As pandas writes it.
-        nan = float("nan")
-        cells = [("a", "f", nan), ("b", nan, nan), ("c", None, 2), ("d", "", None)]
-        rows = [{"file_name": f"{c}.png", "text": c, "family": f, "n": n} for c, f, n in cells]
-        (root / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    else:
-        root = tmp_path / "table"
-        table(4, family=["f", "", None, " "], n=["", " ", "2", None]).save_to_disk(root)
-    source = load_source(config(root, group_column="family", repeats_column="n"))
-    assert source.groups[0] == "group f"
-    assert len(set(source.groups)) == 4
-    assert source.repeats == (1, 1, 2, 1)
 
 
 def test_max_train_samples(config, tmp_path):
