@@ -5,7 +5,7 @@ samples: it ends with an error if one of these has no caption, or a .png and not
 read goes into an Arrow file in the cache, for random access.
 """
 
-import json
+import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +15,8 @@ from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
-from iet_sd.data.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES
+from iet_sd.data.checks import is_filled
+from iet_sd.data.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES, SURROGATE, read_object
 from iet_sd.errors import UserError
 
 
@@ -26,8 +27,8 @@ def read_archives(paths: list[str], config: DataConfig) -> Dataset:
     ``sample_id`` (the key; with the archive's name if an earlier archive has that key too), and
     the columns of the JSON that settings name, as texts.
 
-    Errors: `UserError` for an archive or JSON that cannot be read, a sample with two images, or
-    settings that name what no JSON holds.
+    Errors: `UserError` for an archive or JSON that cannot be read, a name that is not UTF-8, a
+    sample with two images, or settings that name what no JSON holds.
     """
     named = (config.sample_id_column, config.group_column, config.repeats_column)
     columns = sorted({name for name in named if name} - {"sample_id"})
@@ -71,6 +72,11 @@ def _rows(
         here: set[str] = set()
         for key, files in _samples(path):
             where = f"{path.name}, sample {key}"
+            if SURROGATE.search(key):
+                raise UserError(
+                    f"{path.name}: the name of sample {os.fsencode(key)} is not UTF-8. "
+                    "Pack its files again under another name."
+                )
             if key in here:
                 raise UserError(f"{where}: its files do not lie together in the archive.")
             here.add(key)
@@ -83,7 +89,7 @@ def _rows(
                 "sample_id": f"{path.name}/{key}" if key in seen else key,
                 image_column: _image(files, image_column, where),
                 caption_column: captions,
-                **{name: None if v is None else str(v) for name, v in values.items()},
+                **{name: str(v) if is_filled(v) else None for name, v in values.items()},
             }
         seen |= here
     missing = [name for name in columns if name not in found]
@@ -134,13 +140,7 @@ def _image(files: dict[str, bytes], column: str, where: str) -> dict[str, Any] |
 
 
 def _json(files: dict[str, bytes], where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(files.get("json", b"{}"))
-    except ValueError as error:
-        raise UserError(f"{where}: its .json is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{where}: expected {{...}} in its .json, got {content!r:.60}")
-    return content
+    return read_object(files["json"], f"{where}: its .json") if "json" in files else {}
 
 
 def _sidecar(files: dict[str, bytes], where: str) -> list[str]:

@@ -26,6 +26,14 @@ def cells(rows: Dataset, column: str) -> list[Any]:
     return rows.select_columns([column])[:][column]
 
 
+def is_filled(cell: Any) -> bool:
+    """Whether a cell holds something: neither null nor NaN, nor blanks alone.
+
+    Readers differ in what they make of a cell that was left empty: csv gives "", pandas NaN.
+    """
+    return cell is not None and cell == cell and str(cell).strip() != ""
+
+
 def listed(names: list[str]) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
 from iet_sd.data.captions import texts
+from iet_sd.data.checks import is_filled, listed
 from iet_sd.errors import UserError
 
 IMAGE_SUFFIXES = (
@@ -26,6 +28,9 @@ IMAGE_SUFFIXES = (
 )
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECAR_SUFFIXES = (".caption", ".txt")
+# Half of a character that is written in two, which JSON may hold and a table may not; Python also
+# puts one in place of each byte of a file name that is not UTF-8.
+SURROGATE = re.compile("[\ud800-\udfff]")
 # Folders of these names at the top hold splits, if all images lie in such folders.
 SPLIT_FOLDERS = {
     "train": "train",
@@ -80,13 +85,25 @@ def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
     content: dict[str, list[Any]] = {"sample_id": [path.as_posix() for path in paths]}
     for column in columns:
         values = [rows.get(path, {}).get(column) for path in paths]
-        content[column] = [None if value is None else str(value) for value in values]
+        content[column] = [str(value) if is_filled(value) else None for value in values]
+    files_of = [str(root / path) for path in paths]
+    _check_names(files_of)
     features = dict.fromkeys(content, Value("string"))
     features[config.caption_column] = List(Value("string"))
     features[config.image_column] = Image(decode=False)
     content[config.caption_column] = captions
-    content[config.image_column] = [str(root / path) for path in paths]
+    content[config.image_column] = files_of
     return Dataset.from_dict(content, features=Features(features))
+
+
+def _check_names(files: list[str]) -> None:
+    """`UserError` for names that are not UTF-8: a table cannot hold them."""
+    odd = [repr(os.fsencode(file)) for file in files if SURROGATE.search(file)]
+    if odd:
+        raise UserError(
+            f"{len(odd)} of {len(files)} images have a path that is not UTF-8: {listed(odd)}. "
+            "Rename them; `convmv -f latin1 -t utf8 -r --notest` does it for a whole folder."
+        )
 
 
 def _of_split(paths: list[Path], root: Path, split: str) -> list[Path]:
@@ -164,13 +181,25 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number} is not valid JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: expected {{...}}, got {line:.60}")
-        yield row
+        yield read_object(line, f"{path}, line {number}")
+
+
+def read_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """The JSON object in ``text``; `UserError`, beginning with ``where``, for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    written = json.dumps(content, ensure_ascii=False)
+    if found := SURROGATE.search(written):
+        around = written[max(found.start() - 20, 0) : found.end() + 20]
+        raise UserError(
+            f"{where} holds half a character, as where a text was cut or a file name is not UTF-8: "
+            f"... {around!r} ... Write it whole, or remove it."
+        )
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: expected {{...}}, got {content!r:.60}")
+    return content
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from iet_sd.config import DataConfig
 from iet_sd.config.buckets import Size, nearest
 from iet_sd.data import checks
+from iet_sd.data.groups import group
 from iet_sd.data.shards import batches_per_epoch
 from iet_sd.data.tables import read_rows
 from iet_sd.data.transforms import cover
@@ -22,9 +23,9 @@ def load_source(config: DataConfig) -> "Source":
     """The data that the settings name, checked.
 
     Names of samples: --sample_id_column, else a column ``sample_id``, else in a folder of images
-    their paths, else positions in the data set. Groups: --group_column, else images of equal
-    bytes if all are checked, else none. --max_train_samples takes the first rows, before any is
-    left out.
+    their paths, else positions in the data set. Groups: images that share what --group_column
+    says, or their bytes if all are checked (`group`). --max_train_samples takes the first rows,
+    before any is left out.
 
     Errors: one `UserError` for a mistake, with all the samples it concerns.
     """
@@ -35,7 +36,7 @@ def load_source(config: DataConfig) -> "Source":
     if config.max_train_samples is not None:
         rows = rows.select(range(min(config.max_train_samples, len(rows))))
     names = _sample_ids(rows, config)
-    groups, repeats = _groups(rows, config), _repeats(rows, names, config)
+    group_names, repeats = _group_names(rows, config), _repeats(rows, names, config)
     excluded = checks.missing_captions(rows, names, config)
     kept = [i for i in range(len(rows)) if i not in excluded]
     looks = checks.look_at_images(_selected(rows, kept), [names[i] for i in kept], config)
@@ -48,17 +49,15 @@ def load_source(config: DataConfig) -> "Source":
             "want of a caption or of a readable image."
         )
     buckets = config.buckets
-    known = groups or {i: look_at[i].digest for i in kept}
+    sample_ids, digests = [names[i] for i in kept], [look_at[i].digest for i in kept]
     return Source(
         dataset=_selected(rows.select_columns([config.image_column, config.caption_column]), kept),
         image_column=config.image_column,
         caption_column=config.caption_column,
-        sample_ids=tuple(names[i] for i in kept),
-        groups=tuple(
-            f"sample {names[i]}" if known[i] is None else f"group {known[i]}" for i in kept
-        ),
+        sample_ids=tuple(sample_ids),
+        groups=group(sample_ids, [group_names[i] for i in kept], digests),
         excluded=tuple((names[i], excluded[i]) for i in sorted(excluded)),
-        digests=tuple(look_at[i].digest for i in kept),
+        digests=tuple(digests),
         sizes=tuple(nearest(look_at[i].size, buckets) for i in kept),
         repeats=tuple(repeats[i] for i in kept),
         spare=any(_spare(look_at[i].size, buckets) for i in kept),
@@ -83,7 +82,7 @@ def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
     if column is None:
         return [f"{position:06d}" for position in range(len(rows))]
     checks.require_column(rows, "sample_id_column", column, "names", checks.is_name)
-    names = [str(value) for value in checks.cells(rows, column) if value not in (None, "")]
+    names = [str(value) for value in checks.cells(rows, column) if checks.is_filled(value)]
     if len(names) < len(rows):
         raise UserError(
             f"Column {column!r} names only {len(names)} of {len(rows)} samples. Fill it, or name "
@@ -98,12 +97,14 @@ def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
     return names
 
 
-def _groups(rows: Dataset, config: DataConfig) -> list[Any] | None:
-    """What --group_column says of every row, None of a row without; None without such a column."""
-    if config.group_column is None:
-        return None
-    checks.require_column(rows, "group_column", config.group_column, "names", checks.is_name)
-    return checks.cells(rows, config.group_column)
+def _group_names(rows: Dataset, config: DataConfig) -> list[str | None]:
+    """What --group_column says of each row, as a text; None where it says nothing."""
+    column = config.group_column
+    if column is None:
+        return [None] * len(rows)
+    checks.require_column(rows, "group_column", column, "names", checks.is_name)
+    cells = checks.cells(rows, column)
+    return [str(cell) if checks.is_filled(cell) else None for cell in cells]
 
 
 def _repeats(rows: Dataset, names: list[str], config: DataConfig) -> list[int]:
@@ -115,7 +116,7 @@ def _repeats(rows: Dataset, names: list[str], config: DataConfig) -> list[int]:
     repeats = []
     for name, value in zip(names, checks.cells(rows, column), strict=True):
         # As a text, since a folder's metadata are.
-        text = "1" if value is None else str(value) or "1"
+        text = str(value) if checks.is_filled(value) else "1"
         if not text.isdecimal() or int(text) < 1:
             raise UserError(
                 f"{name}: --repeats_column {column} must hold a whole number of 1 or more; got "
@@ -136,7 +137,7 @@ class Source:
     sample_ids: tuple[str, ...]
     """(N,) stable and unique."""
     groups: tuple[str, ...]
-    """(N,) equal for near-duplicates, which belong in one shard."""
+    """(N,) equal for images that are the same or near it, which belong in one shard."""
     excluded: tuple[tuple[str, str], ...]
     """Name of each sample that the settings let be left out, and why."""
     digests: tuple[str | None, ...]

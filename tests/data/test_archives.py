@@ -121,7 +121,7 @@ def test_columns_of_the_json(archives, config):
     )
     source = load_source(settings)
     assert source.repeats == (1, 3, 1)
-    assert source.groups == ("sample 0001", "group dogs", "group none")
+    assert source.groups == (f"group {source.digests[0]}", "group dogs", "group none")
     message = error_of(config(archives, group_column="famly"))
     assert "has 'famly'. They hold family, n, text" in message
 
@@ -177,7 +177,12 @@ def test_bad_members_are_named(archives, config):
     ("files", "message"),
     [
         ([("1.json", "{")], "a.tar, sample 1: its .json is not valid JSON: "),
-        ([("1.json", "[1]")], "a.tar, sample 1: expected {...} in its .json, got [1]"),
+        ([("1.json", "[1]")], "a.tar, sample 1: its .json: expected {...}, got [1]"),
+        (
+            [("1.json", {"text": "a \ud83d cat"})],
+            r"""is not UTF-8: ... '{"text": "a \ud83d cat"}' ... Write it whole""",
+        ),
+        ([("caf\udce9.png", "x")], r"a.tar: the name of sample b'caf\xe9' is not UTF-8."),
         ([("1.txt", b"\xff\xfe\x00")], "a.tar, sample 1: its .txt is not UTF-8 text"),
         ([("1.json", {"text": 3})], "a.tar, sample 1: a caption must be a text"),
         ([("1.jpg", "x"), ("1.png", "y")], "2 images, jpg, png: name one with --image_column"),

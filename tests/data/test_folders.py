@@ -1,5 +1,8 @@
 """Sources: folders of images, what is wrong with some, and bad images."""
 
+import os
+import shutil
+
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -182,6 +185,9 @@ def test_caption_that_is_no_text(folder, config):
         ('{"text": "a"}', "row 2 has no file_name"),
         ('{"file_name": "a.png", "text"', "line 2 is not valid JSON"),
         ('["a.png", "a"]', "line 2: expected {...}"),
+        (r'{"file_name": "b.png", "text": "a \ud83d cat"}', r"line 2 holds half a character"),
+        (r'{"file_name": "b.png", "tags": ["\udce9"]}', r""""tags": ["\udce9"]}' ... Write"""),
+        ('{"file_name": "b.png", "n": 1' + "0" * 5000 + "}", "line 2 is not valid JSON: Exceeds"),
         ('{"file_name": "../b.png", "text": "b"}', "file_name must lead to a file in"),
         ('{"file_name": "./a.png", "text": "b"}', "'./a.png' has a row already"),
     ],
@@ -191,6 +197,17 @@ def test_bad_row_of_metadata(folder, config, line, message):
     with (root / "metadata.jsonl").open("a") as file:
         file.write(line + "\n")
     assert message in error_of(config(root))
+
+
+def test_image_whose_name_is_not_utf8(folder, config):
+    root = folder(["a.png"])
+    try:
+        shutil.copy(root / "a.png", os.path.join(os.fsencode(root), b"caf\xe9.png"))
+    except OSError:
+        pytest.skip("this file system holds UTF-8 alone")
+    message = error_of(config(root, on_missing_caption="empty"))
+    assert "1 of 2 images have a path that is not UTF-8" in message
+    assert r"/images/caf\xe9.png'. Rename them" in message
 
 
 def test_sidecar_that_is_no_text(folder, config):

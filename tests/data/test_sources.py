@@ -1,6 +1,4 @@
-"""Sources: tables, names and groups, repeats, and the Hub."""
-
-import shutil
+"""Sources: tables, names, repeats, and the Hub."""
 
 import datasets
 import pytest
@@ -123,7 +121,7 @@ def test_row_without_an_image(config, tmp_path):
     assert "000001: the row holds no image" in error_of(config(tmp_path / "x"))
 
 
-# Names, groups, number of samples
+# Names, number of samples
 
 
 def test_sample_ids(config, tmp_path):
@@ -150,13 +148,6 @@ def test_position_names_survive_a_skip(config, tmp_path):
     assert reds(source) == [0, 2]
 
 
-def test_equal_files_are_one_group(folder, config):
-    root = folder(["a.png", "b.png", "c.png"])
-    shutil.copy(root / "a.png", root / "c.png")
-    first, second, third = load_source(config(root)).groups
-    assert first == third != second
-
-
 def test_without_checks_no_image_is_read(folder, config):
     """Nothing is known of them then; what each sample is called still is."""
     root = folder(["a.png", "b.png"])
@@ -166,14 +157,6 @@ def test_without_checks_no_image_is_read(folder, config):
     assert source.sample_ids == ("a.png", "b.png")
     assert source.groups == ("sample a.png", "sample b.png")
     assert source.digests == (None, None)
-
-
-def test_group_column(config, tmp_path):
-    table(5, family=["f", "g", "f", None, None]).save_to_disk(tmp_path / "x")
-    groups = load_source(config(tmp_path / "x", group_column="family")).groups
-    assert groups[0] == groups[2]
-    assert len(set(groups)) == 4  # a row without a family is alone
-    assert "family" in error_of(config(tmp_path / "x", group_column="nothing"))
 
 
 def test_max_train_samples(config, tmp_path):
