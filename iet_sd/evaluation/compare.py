@@ -143,16 +143,16 @@ def _paired(
     first: Evaluation, second: Evaluation, config: ComparisonConfig
 ) -> dict[str, PairedResult]:
     """How much lower each number is for the second model."""
+    group_H = np.unique(first.column("group", "heldout"), return_inverse=True)[1]
 
     def difference(statistic: Callable[..., float], name: str, shared=()) -> PairedResult:
         prompts = np.unique(first.pairs["prompt_id"], return_inverse=True)[1]
-        groups = [np.unique(first.column("group", "heldout"), return_inverse=True)[1]]
         return paired_difference(
             statistic,
             np.array(first.pairs[name], float),
             np.array(second.pairs[name], float),
             shared,
-            clusters=[prompts, *groups[: len(shared)]],
+            clusters=[prompts, *[group_H for _ in shared]],
             resamples=config.bootstrap_resamples,
             level=config.confidence_level,
             seed=config.seed,
@@ -177,6 +177,7 @@ def _paired(
         results["heldout_loss"] = paired_difference(
             np.mean,
             *(loss[measured[0]] for loss in losses),
+            clusters=[group_H[measured[0]]],
             resamples=config.bootstrap_resamples,
             level=config.confidence_level,
             seed=config.seed,

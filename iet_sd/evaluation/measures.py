@@ -1,6 +1,7 @@
 """Arrays become named numbers with intervals: what the report shows.
 
-Letters in shapes: G generations, H held-out images, T training images, S timesteps, D dimensions.
+Letters in shapes: G generations, H held-out images, T training images, N images of either
+kind whose loss was taken, S timesteps, D dimensions.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -95,10 +96,17 @@ class Resampling:
         return found
 
     def images(
-        self, statistic: Callable[..., Mapping[str, float]], train: np.ndarray, heldout: np.ndarray
+        self,
+        statistic: Callable[..., Mapping[str, float]],
+        train_N: np.ndarray,
+        heldout_N: np.ndarray,
+        index_N: np.ndarray,
     ) -> dict[str, Estimate]:
-        """Numbers of training and held-out images, each of which stands for itself."""
-        return self._by_name(statistic, [train, heldout], [None, None])
+        """Numbers of some training and some held-out images, by name; ``index_N``: of the latter.
+
+        Training images stand for themselves, held-out ones with their group.
+        """
+        return self._by_name(statistic, [train_N, heldout_N], [None, self.group_H[index_N]])
 
     def _by_name(self, statistic, samples: Sequence[np.ndarray], clusters) -> dict[str, Estimate]:
         estimates = bootstrap(
@@ -185,8 +193,13 @@ def authenticity(authentic_G: np.ndarray, by: Resampling) -> Measure:
     return measure("Copying", "authentic", found["share"])
 
 
-def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list[Measure]:
-    """The white-box pair: gap of the denoising loss, and membership told by that loss."""
+def losses(
+    train_NS: np.ndarray, heldout_NS: np.ndarray, index_N: np.ndarray, by: Resampling
+) -> list[Measure]:
+    """The white-box pair: gap of the denoising loss, and membership told by that loss.
+
+    ``index_N``: which of the held-out images they are.
+    """
 
     def statistic(train_N: np.ndarray, heldout_N: np.ndarray) -> dict[str, float]:
         return {
@@ -196,7 +209,7 @@ def losses(train_NS: np.ndarray, heldout_NS: np.ndarray, by: Resampling) -> list
             "heldout_loss": heldout_N.mean(),
         }
 
-    found = by.images(statistic, train_NS.mean(axis=1), heldout_NS.mean(axis=1))
+    found = by.images(statistic, train_NS.mean(axis=1), heldout_NS.mean(axis=1), index_N)
     shown = [measure("Membership", name, estimate) for name, estimate in found.items()]
     if len(heldout_NS) < 100:
         warning = f"of {len(heldout_NS)} held-out images 1 % is less than one image"

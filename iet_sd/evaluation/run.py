@@ -142,7 +142,7 @@ def evaluate(
     found += _of(similarity[0], _whole(similarity[0], near[0], by))
     found += _of(raw, measures.distances(ratios, by))
     if losses:
-        found += measures.losses(*(losses[name][1] for name in ("train", "heldout")), by)
+        found += measures.losses(losses["train"][1], losses["heldout"][1], losses["heldout"][0], by)
     found += _quality(settings, features, generations, by)
     found = _headlines(found, similarity[0].embedder.name)
 

@@ -15,6 +15,7 @@ from iet_sd.evaluation.similarity import summarize
 from iet_sd.evaluation.statistics import Estimate
 from iet_sd.evaluation.texts import TEXTS
 from iet_sd.evaluation.verdict import in_words
+from tests.evaluation.rates import clustered, coverage
 
 RNG = np.random.default_rng(0)
 G, H = 120, 80
@@ -51,14 +52,41 @@ def test_without_heldout_images_there_is_no_excess():
 
 def test_losses_tell_members():
     heldout = RNG.normal(1, 0.1, (200, 4))
-    found = named(losses(heldout[:100] - 0.5, heldout[100:], BY))
+    by = replace(BY, group_H=np.arange(200))
+    found = named(losses(heldout[:100] - 0.5, heldout[100:], np.arange(100), by))
     assert found["membership_auc"].value == 1
     assert found["membership_tpr"].value == 1
     assert found["loss_gap"].low > 0.4
     assert found["heldout_loss"].value == pytest.approx(heldout[100:].mean())
     assert found["membership_tpr"].warning is None
-    few = named(losses(heldout[:50], heldout[50:100], BY))
+    few = named(losses(heldout[:50], heldout[50:100], np.arange(50), by))
     assert "1 %" in few["membership_tpr"].warning
+
+
+def test_heldout_images_of_a_group_are_one_in_the_intervals_of_losses():
+    """Where they have one loss, as their groups alone; those not measured change nothing."""
+    train, of_group = RNG.normal(1, 0.1, (60, 4)), RNG.normal(1.1, 0.1, (20, 4))
+    group_H = np.append(RNG.permutation(np.repeat(np.arange(20), 5)), [20, 21])
+    index = RNG.permutation(100)
+    images = named(losses(train, of_group[group_H[index]], index, replace(BY, group_H=group_H)))
+    alone = named(losses(train, of_group, np.arange(20), BY))
+    for name in ("loss_gap", "heldout_loss", "membership_auc"):
+        for end in ("value", "low", "high"):
+            assert getattr(images[name], end) == pytest.approx(getattr(alone[name], end)), name
+
+
+def test_losses_of_grouped_images_are_covered():
+    """Of 20 groups of 10, the group 0.9 of the variance; 0.9 is what so few of them allow."""
+
+    def make(rng, seed):
+        heldout, groups = clustered(rng, 20, 10)
+        by = Resampling(groups, groups, 100, seed=seed)
+        train = rng.normal(size=40)
+        found = named(losses(train[:, None], heldout[:, None], np.arange(200), by))
+        return [found[name] for name in ("loss_gap", "heldout_loss", "membership_auc")]
+
+    rates = coverage(make, [0, 0, 0.5], repeats=60)
+    assert (rates > 0.78).all(), rates
 
 
 def test_fidelity_names_what_is_shaky():
