@@ -7,6 +7,7 @@ since it takes the name for that of a split.
 
 import csv
 import io
+import itertools
 import json
 import os
 import re
@@ -203,7 +204,18 @@ def read_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(csv.DictReader(io.StringIO(_text(path))), start=1):
+    # Strict, since else a quote that is not closed takes in all the rows that follow.
+    rows = csv.DictReader(io.StringIO(_text(path)), strict=True)
+    for number in itertools.count(1):
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            raise UserError(
+                f"{path}, row {number}, read up to line {rows.reader.line_num}: {error}. "
+                'Is a quote not closed? Within a caption in quotes, write "" for each.'
+            ) from error
+        if row is None:
+            return
         if None in row:
             raise UserError(
                 f"{path}, row {number} has more values than the header has names. "

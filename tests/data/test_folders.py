@@ -37,6 +37,24 @@ def test_metadata_csv_with_commas_not_quoted(folder, config):
     assert "Put quotes around" in error_of(config(root))
 
 
+@pytest.mark.parametrize(
+    ("lines", "where"),
+    [
+        (['"a.png","a cat'], "row 1, read up to line 2: unexpected end of data."),
+        (["a.png,a", 'b.png,"a cat', "c.png,c", ""], "row 2, read up to line 4: unexpected"),
+        (["a.png,a", 'b.png,"b', 'c.png,"c"'], "row 2, read up to line 4: ',' expected"),
+        (['a.png,"a', *["b.png,b"] * 20_000], ": field larger than field limit"),
+    ],
+)
+def test_metadata_csv_with_a_quote_not_closed(folder, config, lines, where):
+    root = folder(["a.png", "b.png", "c.png"], rows=[])
+    (root / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
+    message = error_of(config(root, on_missing_caption="skip"))
+    assert f"{root}/metadata.csv, row " in message
+    assert where in message
+    assert "Is a quote not closed?" in message
+
+
 def test_metadata_parquet(folder, config):
     root = folder(["a.png"], rows=[])
     Dataset.from_dict({"file_name": ["a.png"], "text": ["a"]}).to_parquet(root / "metadata.parquet")
