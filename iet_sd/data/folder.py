@@ -48,11 +48,21 @@ SPLIT_FOLDERS = {
 
 
 def walk(root: Path) -> list[Path]:
-    """All files under ``root``, sorted, relative to it; hidden ones and their folders left out."""
-    found = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    """All files under ``root``, sorted, relative to it; hidden ones and their folders left out.
+
+    Links are followed, each folder is read once: where it lies, else by the first link to it.
+    """
+    found, seen, starts = [], set(), [root]
+    for start in starts:
+        for folder, subfolders, names in os.walk(start):
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            subfolders[:] = sorted(n for n in subfolders if not n.startswith((".", "__MACOSX")))
+            # After all that lies here, since a link may lead back to it. os.walk itself takes none.
+            starts += [path for n in subfolders if (path := Path(folder, n)).is_symlink()]
+            found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(path.relative_to(root) for path in found)
 
 

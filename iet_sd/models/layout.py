@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from safetensors import SafetensorError, safe_open
 
 from iet_sd.config import ModelConfig
@@ -93,6 +94,7 @@ def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> Non
         )
     family = family_in(folder, name)
     _check_classes(folder, name, family)
+    _check_scheduler(folder, name)
     for part in parts_of(folder):
         _check_part(folder / part, part, config)
         if weights and (file := weights_file(part, config.variant)):
@@ -161,6 +163,24 @@ def _check_classes(folder: Path, name: str, family: Family) -> None:
                 f"{name}: its {part} is a {found[part]}; supported is {family.title}, "
                 f"with {' or '.join(expected.classes)}."
             )
+
+
+def _check_scheduler(folder: Path, name: str) -> None:
+    """The class that draws must be one of this diffusers, which imports none but the one named."""
+    library, found = read_json(folder / INDEX)["scheduler"]
+    cls = getattr(diffusers, str(found), None) if library == "diffusers" else None
+    if isinstance(cls, type) and issubclass(cls, diffusers.SchedulerMixin):
+        return
+    # In place of a class whose libraries are not installed diffusers has one that names them.
+    if lacking := getattr(cls, "_backends", None):
+        raise UserError(
+            f"{name}: its scheduler {found} needs {' and '.join(lacking)}: install what is "
+            f"missing, or name another in {INDEX}, such as DDIMScheduler."
+        )
+    raise UserError(
+        f"{name}: {INDEX} names the scheduler {found} of {library}; expected one of diffusers "
+        f"{diffusers.__version__}. Name another there, such as DDIMScheduler."
+    )
 
 
 def _check_part(folder: Path, part: str, config: ModelConfig) -> None:

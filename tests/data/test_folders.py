@@ -107,6 +107,27 @@ def test_hidden_files_are_no_images(folder, config):
     assert load_source(config(root)).sample_ids == ("a.png",)
 
 
+def test_link_that_leads_back(folder, config):
+    """One alone: each more would multiply what is found, if it were followed."""
+    root = folder(["a.png", "sub/b.png"], rows=[])
+    (root / "sub" / "again").symlink_to(root)
+    (root / "gone").symlink_to("nowhere")
+    found = load_source(config(root, on_missing_caption="empty")).sample_ids
+    assert found == ("a.png", "sub/b.png")
+
+
+def test_folder_that_links_lead_to_is_read_once(folder, config):
+    """Where it lies, else by the link that is first."""
+    root = folder(["z/a.png", "z/y/b.png", ".hidden/c.png"], rows=[])
+    elsewhere = folder(["d.png", "in/e.png"], rows=[], at="elsewhere")
+    (root / "a").symlink_to(root / "z" / "y")
+    (root / "shown").symlink_to(".hidden")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "twice").symlink_to(elsewhere)
+    found = load_source(config(root, on_missing_caption="empty")).sample_ids
+    assert found == ("linked/d.png", "linked/in/e.png", "shown/c.png", "z/a.png", "z/y/b.png")
+
+
 def test_image_named_train_does_not_make_a_split(folder, config):
     assert len(load_source(config(folder(["a.png", "train.png", "test.png"]))).dataset) == 3
 

@@ -3,7 +3,10 @@ import os
 import shutil
 from fnmatch import fnmatch
 
+import diffusers
 import pytest
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+from diffusers.utils import dummy_torch_and_torchsde_objects as dummy
 
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
@@ -71,6 +74,13 @@ def test_variant_is_honoured_both_ways(folder):
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, "unet is a UNet3DConditionModel"),
         ({"vae": [None, None]}, "names no vae"),
         (
+            {"scheduler": ["diffusers", "DDIMSchedulr"]},
+            r"names the scheduler DDIMSchedulr of diffusers; expected .* such as DDIMScheduler\.",
+        ),
+        ({"scheduler": ["mine", "DDIMScheduler"]}, "the scheduler DDIMScheduler of mine; expected"),
+        ({"scheduler": ["diffusers", "UNet2DModel"]}, "the scheduler UNet2DModel of diffusers"),
+        ({"scheduler": ["diffusers", "utils"]}, "the scheduler utils of diffusers"),
+        (
             {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]},
             r"no safety_checker/config.json .*set safety_checker to \[null, null\]",
         ),
@@ -80,6 +90,19 @@ def test_other_models_are_named(folder, values, message):
     edit(folder / "model_index.json", **values)
     with pytest.raises(UserError, match=message):
         check(folder)
+
+
+def test_a_scheduler_whose_libraries_are_missing_names_them(folder, monkeypatch):
+    edit(folder / "model_index.json", scheduler=["diffusers", "DPMSolverSDEScheduler"])
+    monkeypatch.setattr(diffusers, "DPMSolverSDEScheduler", dummy.DPMSolverSDEScheduler)
+    with pytest.raises(UserError, match="DPMSolverSDEScheduler needs torch and torchsde: install"):
+        check(folder)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, LCMScheduler, EulerDiscreteScheduler])
+def test_schedulers_of_diffusers_pass(folder, scheduler):
+    edit(folder / "model_index.json", scheduler=["diffusers", scheduler.__name__])
+    check(folder)
 
 
 @pytest.mark.parametrize(
