@@ -34,9 +34,24 @@ _SHARED = (
     ("settings", "preprocessing"),
     ("settings", "num_inference_steps"),
     ("settings", "guidance_scale"),
+    ("settings", "negative_prompt"),
     ("settings", "resolution"),
+    ("model", "dtype"),
     ("seed",),
 )
+# The same for one measure alone, which is left out where they differ.
+_SHARED_BY_LOSSES = tuple(
+    ("losses", name) for name in ("samples", "timesteps", "names", "captions")
+)
+_SHARED_BY_KID = tuple(("quality_features", "embedder", name) for name in ("name", "fingerprint"))
+_LABELS = {
+    "memorization_score": "memorization score",
+    "excess_score": "excess similarity",
+    "similarity_mean": "mean similarity",
+    "l2_copies": "share of l2-ratio copies",
+    "heldout_loss": "held-out loss",
+    "kid": "KID",
+}
 
 
 @dataclass(frozen=True)
@@ -75,43 +90,63 @@ class Evaluation:
         return self.report["model"]["name"]
 
     @property
-    def embedder(self) -> str:
-        """What similarities are measured by."""
-        return next(m for m in self.report["measures"] if m["headline"])["embedder"]
+    def embedder(self) -> dict[str, str]:
+        """What similarities are measured by: name and fingerprint."""
+        return self.report["embedders"][0]
+
+    def groups(self) -> np.ndarray:
+        """The near-duplicate group of each held-out image, numbered as they come: (H,)."""
+        number: dict[str, int] = {}
+        labels = self.column("group", "heldout").tolist()
+        return np.array([number.setdefault(label, len(number)) for label in labels], int)
 
     def column(self, name: str, images: str) -> np.ndarray:
         """A column of the training or held-out images; NaN where nothing was measured."""
         values = zip(self.images["set"], self.images[name], strict=True)
         return np.array([np.nan if v is None else v for s, v in values if s == images])
 
-    def features(self, images: str) -> np.ndarray | None:
-        """Features for quality, mapped from the cache; None if they are no longer there."""
-        path = self.report["quality_features"] and self.report["quality_features"][images]
-        file = self.folder / path if path else None
-        return np.load(file, mmap_mode="r") if file and file.is_file() else None
+    def features(self, images: str) -> np.ndarray:
+        """Features for quality, mapped from the cache. Errors: `UserError` if they are gone."""
+        try:
+            # Without links, as the place was written.
+            file = self.folder.resolve() / self.report["quality_features"][images]
+            return np.load(file, mmap_mode="r")
+        except OSError as error:
+            raise UserError(
+                f"the features of {self.name} are gone ({error}). Evaluate again to have them."
+            ) from error
 
 
 def compare(config: ComparisonConfig) -> str:
     """The comparison in words, also written to ``comparison.json`` if a folder is given.
 
-    Errors: `UserError` for folders that are no evaluations, or of other data, prompts or seeds.
+    A measure that one of them cannot be compared by is left out, and why is said.
+    Errors: `UserError` for folders that are no evaluations, or differ in more than the model.
     """
     first, second = Evaluation.read(config.first), Evaluation.read(config.second)
     if first.folder.resolve() == second.folder.resolve():
         return f"{config.first} and {config.second} are the same evaluation: nothing differs."
     _require_pairs(first, second)
-    results = _paired(first, second, config)
-    kid = _kid(first, second, config.confidence_level)
-    text = _words(first, second, results, kid)
+    results, kid, left_out = _paired(first, second, config), None, {}
+    try:
+        results |= _losses(first, second, config)
+    except UserError as error:
+        left_out["heldout_loss"] = str(error)
+    try:
+        kid = _kid(first, second, config.confidence_level)
+    except UserError as error:
+        left_out["kid"] = str(error)
+    text = _words(first, second, results, kid, left_out)
     if config.output_dir is not None:
         content = {
             "schema_version": SCHEMA_VERSION,
             "first": first.name,
             "second": second.name,
-            "embedder": first.embedder,
+            "embedder": first.embedder["name"],
             "pairs": len(first.pairs["prompt"]),
             "results": {name: asdict(result) for name, result in results.items()},
             "kid_difference": kid and asdict(kid),
+            "left_out": left_out,
             "verdict": text,
         }
         folder = Path(config.output_dir).expanduser()
@@ -121,13 +156,12 @@ def compare(config: ComparisonConfig) -> str:
 
 
 def _require_pairs(first: Evaluation, second: Evaluation) -> None:
-    differences = []
-    for path in _SHARED:
-        values = [_at(evaluation.report, path) for evaluation in (first, second)]
-        if values[0] != values[1]:
-            differences.append(f"{'.'.join(path)}: {values[0]!r:.60} and {values[1]!r:.60}")
+    differences = _differences(first, second, _SHARED)
     if first.embedder != second.embedder:
-        differences.append(f"embedder: {first.embedder} and {second.embedder}")
+        shown = [f"{e.embedder['name']} ({e.embedder['fingerprint']:.8})" for e in (first, second)]
+        differences.append(f"embedder: {' and '.join(shown)}")
+    if not np.array_equal(first.groups(), second.groups()):
+        differences.append("other groups of held-out images (--group_column)")
     for name in ("prompt_id", "prompt", "image"):
         if first.pairs[name] != second.pairs[name]:
             differences.append(f"other generations ({name})")
@@ -139,11 +173,22 @@ def _require_pairs(first: Evaluation, second: Evaluation) -> None:
         )
 
 
+def _differences(
+    first: Evaluation, second: Evaluation, paths: Sequence[tuple[str, ...]]
+) -> list[str]:
+    """In which of these the reports differ, in words."""
+    found = []
+    for path in paths:
+        values = [_at(evaluation.report, path) for evaluation in (first, second)]
+        if values[0] != values[1]:
+            found.append(f"{'.'.join(path)}: {values[0]!r:.60} and {values[1]!r:.60}")
+    return found
+
+
 def _paired(
     first: Evaluation, second: Evaluation, config: ComparisonConfig
 ) -> dict[str, PairedResult]:
     """How much lower each number is for the second model."""
-    group_H = np.unique(first.column("group", "heldout"), return_inverse=True)[1]
 
     def difference(statistic: Callable[..., float], name: str, shared=()) -> PairedResult:
         prompts = np.unique(first.pairs["prompt_id"], return_inverse=True)[1]
@@ -152,7 +197,7 @@ def _paired(
             np.array(first.pairs[name], float),
             np.array(second.pairs[name], float),
             shared,
-            clusters=[prompts, *[group_H for _ in shared]],
+            clusters=[prompts, *[first.groups() for _ in shared]],
             resamples=config.bootstrap_resamples,
             level=config.confidence_level,
             seed=config.seed,
@@ -171,18 +216,30 @@ def _paired(
         len(set(first.pairs["prompt_id"])),
         config.confidence_level,
     )
-    losses = [evaluation.column("loss", "heldout") for evaluation in (first, second)]
-    measured = [np.isfinite(loss) for loss in losses]
-    if measured[0].any() and (measured[0] == measured[1]).all():
-        results["heldout_loss"] = paired_difference(
-            np.mean,
-            *(loss[measured[0]] for loss in losses),
-            clusters=[group_H[measured[0]]],
-            resamples=config.bootstrap_resamples,
-            level=config.confidence_level,
-            seed=config.seed,
-        )
     return results
+
+
+def _losses(
+    first: Evaluation, second: Evaluation, config: ComparisonConfig
+) -> dict[str, PairedResult]:
+    """How much lower the held-out loss is for the second model; empty where neither has one.
+
+    Errors: `UserError` for losses that were not taken alike.
+    """
+    _require_same(first, second, _SHARED_BY_LOSSES)
+    losses = [evaluation.column("loss", "heldout") for evaluation in (first, second)]
+    (measured,) = np.nonzero(np.isfinite(losses[0]))
+    if not len(measured):
+        return {}
+    result = paired_difference(
+        np.mean,
+        *(loss_H[measured] for loss_H in losses),
+        clusters=[first.groups()[measured]],
+        resamples=config.bootstrap_resamples,
+        level=config.confidence_level,
+        seed=config.seed,
+    )
+    return {"heldout_loss": result}
 
 
 def _with_exact_shares(
@@ -199,15 +256,25 @@ def _with_exact_shares(
 
 
 def _kid(first: Evaluation, second: Evaluation, level: float) -> Estimate | None:
-    """KID of the second minus that of the first, if both have features by the same embedder."""
-    names = [e.report["settings"]["quality_embedder"] for e in (first, second)]
-    features = [e.features("generated") for e in (first, second)]
-    real = first.features("heldout")
-    if names[0] != names[1] or real is None or any(f is None for f in features):
+    """KID of the second minus that of the first; None where neither has one.
+
+    Errors: `UserError` for features by two embedders, or gone, or of too few images.
+    """
+    _require_same(first, second, _SHARED_BY_KID)
+    if first.report["quality_features"] is None:
         return None
+    features = [e.features("generated") for e in (first, second)]
     # Features lie in the order of drawing: all images of a prompt together.
     prompt_G = np.arange(len(features[0])) // first.report["data"]["images_per_prompt"]
-    return kid_difference(*features, real, prompt_G, first.column("group", "heldout"), level)
+    return kid_difference(*features, first.features("heldout"), prompt_G, first.groups(), level)
+
+
+def _require_same(first: Evaluation, second: Evaluation, paths: Sequence[tuple[str, ...]]) -> None:
+    if differences := _differences(first, second, paths):
+        raise UserError(
+            f"the evaluations differ in {'; '.join(differences)}. Evaluate both with the same "
+            "settings to have it."
+        )
 
 
 def _words(
@@ -215,30 +282,25 @@ def _words(
     second: Evaluation,
     results: dict[str, PairedResult],
     kid: Estimate | None,
+    left_out: dict[str, str],
 ) -> str:
-    """The verdict, then a line a number."""
+    """The verdict, then a line a number, and a line for each that is missing and why."""
     key = "excess_score" if "excess_score" in results else "memorization_score"
-    labels = {
-        "memorization_score": "memorization score",
-        "excess_score": "excess similarity",
-        "similarity_mean": "mean similarity",
-        "l2_copies": "share of l2-ratio copies",
-        "heldout_loss": "held-out loss",
-    }
     reduction = results[key].relative_reduction
     if np.isfinite(reduction.value):
         shown = [f"{-x:+z.1%}" for x in (reduction.value, reduction.high, reduction.low)]
     else:
         shown = [f"{x:+z.4f}" for x in _change(results[key])]
-    found = f"{labels[key]} {shown[0]} [{shown[1]}, {shown[2]}]"
+    found = f"{_LABELS[key]} {shown[0]} [{shown[1]}, {shown[2]}]"
     if kid is not None:
         found += f", KID {kid.value:+z.5f} [{kid.low:+z.5f}, {kid.high:+z.5f}]"
     names = f"{second.name} against {first.name}"
-    lines = [f"{names}: {with_minus(found)}, by {first.embedder}."]
+    lines = [f"{names}: {with_minus(found)}, by {first.embedder['name']}."]
     for name, result in results.items():
         value, low, high = _change(result)
         numbers = with_minus(f"{value:+z.4f} [{low:+z.4f}, {high:+z.4f}]")
-        lines.append(f"  {labels[name]}: {numbers}, p = {result.p_value:.3g}")
+        lines.append(f"  {_LABELS[name]}: {numbers}, p = {result.p_value:.3g}")
+    lines += [f"  {_LABELS[name]} left out: {reason}" for name, reason in left_out.items()]
     return "\n".join(lines)
 
 

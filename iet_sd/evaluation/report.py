@@ -18,7 +18,7 @@ from PIL import Image
 
 from iet_sd.files import atomic_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PAIRS = pa.schema(
     [
         ("generation", pa.string()),

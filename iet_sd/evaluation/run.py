@@ -3,6 +3,8 @@
 Letters in shapes: G generations, T training images, H held-out images, P prompts, S timesteps.
 """
 
+import hashlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,7 +23,7 @@ from iet_sd.errors import UserError
 from iet_sd.evaluation import measures, membership, quality
 from iet_sd.evaluation.closeness import Closeness, l2_ratios, unit
 from iet_sd.evaluation.copying import c_t
-from iet_sd.evaluation.embedders import Preprocessing, build_embedder, check_embedder
+from iet_sd.evaluation.embedders import Embedder, Preprocessing, build_embedder, check_embedder
 from iet_sd.evaluation.generate import Generations, generate
 from iet_sd.evaluation.heldout import heldout_of, load_heldout, require_images
 from iet_sd.evaluation.images import TableImages
@@ -155,6 +157,7 @@ def evaluate(
         "model": {
             "name": model.name,
             "fingerprint": model.fingerprint,
+            "dtype": generations.request.dtype,
         },
         "data": {
             "train": _described(tables["train"], data),
@@ -162,8 +165,9 @@ def evaluate(
             "prompts": len(generations.request.prompts),
             "images_per_prompt": generations.request.images_per_prompt,
         },
-        "embedders": {f.embedder.name: f.embedder.preprocessing for f in features.values()},
-        # For compare: where the features of the quality measures lie.
+        "embedders": [_named(f.embedder) for f in features.values()],  # that of the headline first
+        # For compare: what losses depend on, and where the features of the quality measures lie.
+        "losses": _taken(settings, sources["heldout"], losses["heldout"][0]) if losses else None,
         "quality_features": _quality_files(settings, features, output_dir),
         "measures": [asdict(m) for m in found],
         "verdict": in_words(found),
@@ -267,6 +271,22 @@ def _losses(
     return losses
 
 
+def _taken(settings: EvaluateSettings, source: Source, chosen: np.ndarray) -> dict[str, Any]:
+    """What the losses of ``chosen`` images depend on beside the model, the images and the seed."""
+    seed = settings.generation.seed
+    captions = [prompt_of(source, i, seed, settings.data) for i in chosen]
+    return {
+        "samples": len(chosen),
+        "timesteps": settings.evaluation.membership_timesteps,
+        "names": _hashed([source.sample_ids[i] for i in chosen]),  # which settle the noise
+        "captions": _hashed(captions),
+    }
+
+
+def _hashed(texts: list[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+
+
 def _quality(
     settings: EvaluateSettings,
     features: dict[Use, Features],
@@ -287,15 +307,21 @@ def _quality(
 
 def _quality_files(
     settings: EvaluateSettings, features: dict[Use, Features], output_dir: Path
-) -> dict[str, str] | None:
-    """Where the features of the quality measures lie, seen from the report."""
+) -> dict[str, Any] | None:
+    """What the features of the quality measures are of; where they lie, seen from the report."""
     of = features.get(_use(settings.evaluation.quality_embedder))
     if of is None or "heldout" not in of:
         return None
-    return {
-        name: Path(os.path.relpath(of[name].filename, output_dir)).as_posix()
-        for name in ("generated", "heldout")
-    }
+    # Both without links: from where a link leads to, ".." does not lead back.
+    folder = output_dir.resolve()
+    files = {name: Path(of[name].filename).resolve() for name in ("generated", "heldout")}
+    places = {name: Path(os.path.relpath(file, folder)) for name, file in files.items()}
+    return {"embedder": _named(of.embedder)} | {n: path.as_posix() for n, path in places.items()}
+
+
+def _named(embedder: Embedder) -> dict[str, str]:
+    names = ("name", "preprocessing", "fingerprint")
+    return {name: getattr(embedder, name) for name in names}
 
 
 def _described(images: TableImages, data: DataConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hub on this machine, and something to push."""
+"""A Hub on this machine, something to push, and flags of an evaluation."""
 
 import json
 
@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 from tests.cli.pushing import UNET
 from tests.hub_server import Hub
+from tests.pipelines import RESOLUTION
 
 
 @pytest.fixture
@@ -87,3 +88,33 @@ def result(tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder, set(files)
+
+
+@pytest.fixture
+def flags(pipelines, images, heldout, tmp_path):
+    """Flags of a small evaluation; a keyword replaces one, or with None takes it away."""
+    from accelerate.state import AcceleratorState
+
+    def make(command="evaluate", **given):
+        values = {
+            "pretrained_model_name_or_path": pipelines["sd1"],
+            "train_data_dir": images,
+            "heldout_data_dir": heldout,
+            "output_dir": tmp_path / "evaluation",
+            "resolution": RESOLUTION,
+            "num_inference_steps": 2,
+            "images_per_prompt": 2,
+        }
+        if command == "evaluate":
+            values |= {
+                "embedders": "pixels",
+                "quality_embedder": "python=tests.few_features:quadrants",
+                "membership_samples": 8,
+                "membership_timesteps": 2,
+                "bootstrap_resamples": 100,
+            }
+        pairs = [(f"--{k}", v) for k, v in (values | given).items() if v is not None]
+        return [command, *(str(part) for pair in pairs for part in pair)]
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)

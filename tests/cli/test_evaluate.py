@@ -1,7 +1,5 @@
-"""``python -m iet_sd`` evaluate, generate and compare, from end to end, on tiny pipelines."""
+"""``python -m iet_sd`` evaluate and generate, from end to end, on tiny pipelines."""
 
-import json
-import re
 import shutil
 
 import pyarrow.parquet as parquet
@@ -15,42 +13,9 @@ from iet_sd.config import EvaluateSettings
 from iet_sd.evaluation import generate as generate_module
 from iet_sd.evaluation import run, sets
 from iet_sd.evaluation.features import embed
+from tests.cli.reports import report_of
 from tests.launching import Launched
 from tests.pipelines import RESOLUTION
-
-
-@pytest.fixture
-def flags(pipelines, images, heldout, tmp_path):
-    """Flags of a small evaluation; a keyword replaces one, or with None takes it away."""
-    from accelerate.state import AcceleratorState
-
-    def make(command="evaluate", **given):
-        values = {
-            "pretrained_model_name_or_path": pipelines["sd1"],
-            "train_data_dir": images,
-            "heldout_data_dir": heldout,
-            "output_dir": tmp_path / "evaluation",
-            "resolution": RESOLUTION,
-            "num_inference_steps": 2,
-            "images_per_prompt": 2,
-        }
-        if command == "evaluate":
-            values |= {
-                "embedders": "pixels",
-                "quality_embedder": "python=tests.few_features:quadrants",
-                "membership_samples": 8,
-                "membership_timesteps": 2,
-                "bootstrap_resamples": 100,
-            }
-        pairs = [(f"--{k}", v) for k, v in (values | given).items() if v is not None]
-        return [command, *(str(part) for pair in pairs for part in pair)]
-
-    yield make
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def report_of(folder):
-    return json.loads((folder / "report.json").read_text("utf-8"))
 
 
 def without_time(folder):
@@ -342,58 +307,3 @@ def test_unknown_commands_and_help(capsys):
     assert "evaluate" in capsys.readouterr().err
     assert main([]) == 0
     assert "compare" in capsys.readouterr().out
-
-
-@pytest.fixture
-def evaluated(flags, pipelines, tmp_path):
-    """Folders of two evaluations: of two models on the same prompts."""
-    folders = tmp_path / "a", tmp_path / "b"
-    for folder, kind in zip(folders, ("sd1", "sd2"), strict=True):
-        model = pipelines[kind]
-        assert main(flags(pretrained_model_name_or_path=model, output_dir=folder)) == 0
-    return [str(folder) for folder in folders]
-
-
-def test_compare_pairs_two_models(evaluated, tmp_path, capsys):
-    capsys.readouterr()
-    output = str(tmp_path / "comparison")
-    resamples = ["--bootstrap_resamples", "200"]
-    assert main(["compare", *evaluated, "--output_dir", output, *resamples]) == 0
-    said = capsys.readouterr().out
-    assert "excess similarity" in said
-    assert "KID" in said
-    content = json.loads((tmp_path / "comparison" / "comparison.json").read_text())
-    scores = [
-        next(m["value"] for m in report_of(tmp_path / x)["measures"] if m["name"] == "excess_score")
-        for x in "ab"
-    ]
-    difference = content["results"]["excess_score"]["difference"]
-    assert difference["value"] == pytest.approx(scores[0] - scores[1])
-    assert difference["low"] <= difference["value"] <= difference["high"]
-    assert content["results"]["heldout_loss"]["difference"]["value"] != 0
-    assert content["pairs"] == 32
-    assert "-" not in "".join(re.findall(r"\S*\d\.\d{4}\S*", said))  # the sign of tables is −
-    # With itself a model differs in nothing.
-    capsys.readouterr()
-    shutil.copytree(evaluated[0], tmp_path / "copy")
-    assert main(["compare", evaluated[0], str(tmp_path / "copy"), *resamples]) == 0
-    assert "+0.0000 [+0.0000, +0.0000]" in (said := capsys.readouterr().out)
-    assert "−0.0000" not in said
-    assert main(["compare", evaluated[0], f"{evaluated[0]}/../a"]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert "the same evaluation" in line
-
-
-def test_compare_refuses_what_is_not_paired(evaluated, flags, tmp_path, capsys):
-    other = tmp_path / "other"
-    assert main(flags(output_dir=other, guidance_scale=2, seed=1)) == 0
-    capsys.readouterr()
-    assert main(["compare", evaluated[0], str(other)]) == 2
-    said = capsys.readouterr().err
-    assert "guidance_scale" in said
-    assert "seed" in said
-    assert main(["compare", evaluated[0], str(tmp_path)]) == 2
-    assert "not the folder of an evaluation" in capsys.readouterr().err
-    (other / "pairs.parquet").write_bytes(b"no parquet")
-    assert main(["compare", str(other), evaluated[0]]) == 2
-    assert "not the folder of an evaluation" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from iet_sd.config.evaluation import ComparisonConfig
-from iet_sd.evaluation.compare import Evaluation, _paired, _with_exact_shares
+from iet_sd.evaluation.compare import Evaluation, _losses, _with_exact_shares
 from iet_sd.evaluation.statistics import Estimate, PairedResult, paired_difference
 
 NOWHERE = PairedResult(Estimate(0, 0, 0), Estimate(float("nan"), 0, 0), 1.0, None)
@@ -24,31 +24,24 @@ def test_what_can_be_resampled_is_left_alone():
 
 
 def evaluation(loss_N, group_N):
-    """Of ten prompts, and of held-out images with losses, NaN for none, in groups."""
-    pairs = {
-        "prompt_id": [str(i) for i in range(10)],
-        "similarity": list(np.linspace(0, 1, 10)),
-        "ratio": list(np.linspace(0.5, 1.5, 10)),
-    }
-    count = len(loss_N)
+    """Of held-out images with losses, NaN for none, in groups."""
     images = {
-        "set": ["heldout"] * count,
-        "group": [f"group {group:02d}" for group in group_N],
-        "similarity": [0.1] * count,
+        "set": ["heldout"] * len(loss_N),
+        "group": [f"group {group}" for group in group_N],
         "loss": [None if np.isnan(loss) else loss for loss in loss_N],
     }
-    return Evaluation(Path(), {}, pairs, images)
+    return Evaluation(Path(), {"losses": {}}, {}, images)
 
 
 def test_heldout_images_of_a_group_are_one_in_the_difference_of_losses():
     """Where they have one loss, as their groups alone; those not measured change nothing."""
     rng = np.random.default_rng(0)
-    group_N = np.append(rng.permutation(np.repeat(np.arange(20), 5)), [3, 20, 21])
+    group_N = np.append(np.tile(np.arange(20), 5), [3, 20, 21])
     of_group = rng.normal(1, 0.1, (2, 22))
     of_image = of_group[:, group_N]
     of_image[:, -3:] = np.nan
     config = ComparisonConfig(first="a", second="b", bootstrap_resamples=200)
-    found = _paired(*(evaluation(loss_N, group_N) for loss_N in of_image), config)["heldout_loss"]
+    found = _losses(*(evaluation(loss_N, group_N) for loss_N in of_image), config)["heldout_loss"]
     alone = paired_difference(np.mean, *of_group[:, :20], resamples=200, seed=config.seed)
     for end in ("value", "low", "high"):
         assert getattr(found.difference, end) == pytest.approx(getattr(alone.difference, end)), end

@@ -43,7 +43,7 @@ class Page(html.parser.HTMLParser):
 def test_json_and_parquet_read_back_as_given(tmp_path):
     shuffled = [PAIRS_GIVEN[i] for i in np.random.default_rng(0).permutation(len(PAIRS_GIVEN))]
     write(tmp_path / "evaluation", pairs=shuffled)
-    assert read_json(tmp_path / "evaluation" / "report.json") == {"schema_version": 1, **REPORT}
+    assert read_json(tmp_path / "evaluation" / "report.json") == {"schema_version": 2, **REPORT}
     table = parquet.read_table(tmp_path / "evaluation" / "pairs.parquet")
     assert table.schema.equals(PAIRS)
     assert table.to_pylist() == PAIRS_GIVEN
