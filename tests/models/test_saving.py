@@ -95,7 +95,8 @@ def test_results_load_and_draw_the_same_where_iet_sd_is_not(folders, tmp_path):
     jobs, pictures = [], []
     for kind, base in folders.items():
         for mode in ("full", "lora"):
-            components, config = trained(base, train_mode=mode, rank=4, lora_alpha=8.0)
+            adapter = {"rank": 4, "lora_alpha": 8.0} if mode == "lora" else {}
+            components, config = trained(base, train_mode=mode, **adapter)
             result = tmp_path / f"{kind}-{mode}"
             save_result(components, config, result)
             job = (base, result) if mode == "lora" else (result, None)
