@@ -128,8 +128,8 @@ def _unseen(unseen: Sequence[Unseen]) -> str:
     return (
         "## Captions that were not trained on\n\nTraining and held-out images are of one kind, so "
         "pictures that copy training images are near the held-out ones: KID of pictures for "
-        "captions that were trained on may get better by memorizing. For captions of held-out images "
-        "there is nothing to copy. *Misfit*: how much more such a picture resembles other held-out "
+        "captions that were trained on may get better by memorizing. For captions of held-out "
+        "images there is nothing to copy. *Misfit*: how much more such a picture resembles other held-out "
         "images, as a mean, than that of its own caption; below 0 is a fit. All numbers are better "
         "where they are lower. First before training, at the lowest held-out loss, and at the "
         f"end.\n\n{course_table(unseen)}\nAgainst plain: after as many updates, then excess "
