@@ -131,8 +131,8 @@ def _unseen(unseen: Sequence[Unseen]) -> str:
         "captions that were trained on may get better by memorizing. For captions of held-out "
         "images there is nothing to copy. *Misfit*: how much more such a picture resembles other "
         "held-out images, as a mean, than that of its own caption; below 0 is a fit. All numbers "
-        "are better where they are lower. First before training, at the lowest held-out loss, and at the "
-        f"end.\n\n{course_table(unseen)}\nAgainst plain: after as many updates, then excess "
+        "are better where they are lower. First before training, at the lowest held-out loss, and "
+        f"at the end.\n\n{course_table(unseen)}\nAgainst plain: after as many updates, then excess "
         f"similarity at equal quality of such pictures, as a {MEAN_OF_LEVELS} of the gain. Only of "
         f"runs since these pictures are drawn.\n\n{difference_table(unseen)}"
     )
