@@ -72,10 +72,10 @@ def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     training = config.training
     output_dir = Path(training.output_dir)
     found = checkpoint.find(output_dir, training.resume_from_checkpoint)
-    if not training.dry_run and not goes_on_here(found, output_dir):
-        _check_nothing_of_others(output_dir)
-    may_write_over = training.dry_run or training.overwrite_output_dir
-    if not may_write_over and not goes_on_here(found, output_dir):
+    if training.dry_run or goes_on_here(found, output_dir):
+        return found
+    _check_nothing_of_others(output_dir)
+    if not training.overwrite_output_dir:
         # An unfinished run without checkpoints can be started again by the same command.
         restarts = training.resume_from_checkpoint == "latest"
         _check_nothing_lost(output_dir, _RESULTS if restarts else _RECORDS)
@@ -188,7 +188,7 @@ def _check_inputs(output_dir: Path, config: Config) -> None:
 
 def _check_nothing_of_others(output_dir: Path) -> None:
     """Errors: `UserError` for files of the names that a run writes, where there has been no run."""
-    if any(any(output_dir.glob(name)) for name in _RECORDS) or _has_settings(output_dir):
+    if _holds(output_dir, _RECORDS) or _has_settings(output_dir):
         return
     found = sorted(path.name for path in output_dir.glob("[!.]*") if _WRITTEN.fullmatch(path.name))
     if found:
@@ -207,9 +207,14 @@ def _has_settings(output_dir: Path) -> bool:
 
 
 def _check_nothing_lost(output_dir: Path, names: tuple[str, ...]) -> None:
-    if any(any(output_dir.glob(name)) for name in names):
+    if _holds(output_dir, names):
         raise UserError(
             f"--output_dir {output_dir} holds a model or an earlier run. Go on with it by "
             "--resume_from_checkpoint latest, replace it by --overwrite_output_dir, or give "
             "another folder."
         )
+
+
+def _holds(output_dir: Path, names: tuple[str, ...]) -> bool:
+    """Whether anything of these names, with wildcards, is there."""
+    return any(any(output_dir.glob(name)) for name in names)
