@@ -109,6 +109,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         known = identity(config, steps, "", source.fingerprint())
         require_same(found, known, but={"model"})
     plan.warn_of_rounding(config, steps)
+    plan.warn_of_unused(config)
     beforehand = choose(config, source, plan.visits(config, steps))
     if config.training.dry_run:
         if accelerator.is_main_process:

@@ -1,10 +1,14 @@
 """Settings of the method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from iet_sd.config.checks import below_one, not_negative, positive
 from iet_sd.errors import UserError
+from iet_sd.presets import PRESETS
+
+_READ_BY = {"agc_": "agc", "bank_": "agc", "taa_": "taa", "msr_": "msr"}
+"""Settings, by how they begin, and the part that alone reads them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +161,13 @@ class MethodConfig:
                 "--msr moves samples between shards, and --num_shards is 1. "
                 "Use more shards, or --no-msr."
             )
+
+    def unused(self) -> list[str]:
+        """Settings of a part that is off, where they are not what they would be anyway."""
+        anyway = {f.name: f.default for f in fields(self)} | PRESETS[self.preset]
+        return [
+            name
+            for name, value in anyway.items()
+            for prefix, part in _READ_BY.items()
+            if name.startswith(prefix) and not getattr(self, part) and getattr(self, name) != value
+        ]

@@ -53,6 +53,21 @@ def warn_of_rounding(config: Config, steps: int) -> None:
         )
 
 
+def warn_of_unused(config: Config) -> None:
+    """Say so where a setting is of a part that is off, as --agc_threshold without AGC.
+
+    No error: who compares methods gives all of them the same settings.
+    """
+    if unused := config.method.unused():
+        on = [part.upper() for part in ("agc", "taa", "msr") if getattr(config.method, part)]
+        logger.warning(
+            "%s: of no effect, since what it is a setting of is off (--method %s: %s).",
+            ", ".join(f"--{name}" for name in unused),
+            config.method.method,
+            f"only {' and '.join(on)}" if on else "neither AGC, TAA nor MSR",
+        )
+
+
 def visits(config: Config, steps: int) -> int:
     """Looks at samples in a run of ``steps`` steps per round, at least: some may update nothing."""
     method = config.method
