@@ -12,12 +12,11 @@ from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import best_reading, verdict
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.glance import GOAL, budget_table, equal_quality_table, less_by
-from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.parts import Finding, numbers_table
-from benchmarks.efficacy.places import Methods, Place, Results, age
+from benchmarks.efficacy.places import Methods, Place, Results, age, lowest_loss
 from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import SHOWN_SEED, Result, closest
-from benchmarks.efficacy.study import RATES, TUNING_SEED, WEIGHTS, Cell
+from benchmarks.efficacy.study import LOWER_RATES, RATES, TUNING_SEED, WEIGHTS, tuning_cell
 from benchmarks.efficacy.tables import (
     BUDGETS,
     HEADLINE,
@@ -215,24 +214,21 @@ def _pictures(result: Result, at: int, name: str = "pictures") -> list[Image.Ima
 
 
 def rates_page(known: Results, pictures: Path) -> str:
-    """Rates, and what the tuning seed shows."""
+    """Rates, and what the tuning seed shows; rates that were not chosen from come last."""
     parts = [f"# Learning rates (seed {TUNING_SEED})\n"]
     for mode in ("full", "lora"):
         rows = [["tuned", "rate", "lowest held-out loss", "after updates", "chosen"], ["---"] * 5]
         methods: Methods = {}
-        for (of, method), rates in RATES.items():
-            for rate in rates if of == mode else ():
-                cell = Cell("fluent", mode, method, rate, TUNING_SEED, METHODS[method].num_shards)
-                if cell not in known:
-                    continue
-                runs = {TUNING_SEED: known[cell]}
-                loss_R = scalar(runs, "heldout_loss")
-                best = best_reading(loss_R)
-                chosen = files.tuned_rate(known, mode, method) == rate
-                updates = f"{scalar(runs, 'updates')[best]:.0f}"
-                word = "yes" if chosen else ""
-                rows.append([method, f"{rate:g}", f"{loss_R[best]:.4f}", updates, word])
-                methods[f"{method} {rate:g}{age(known[cell])}"] = runs
+        tried = [(of, rate) for of, rates in RATES.items() for rate in rates]
+        for of, rate in [*tried, *LOWER_RATES.items()]:
+            cell = tuning_cell(*of, rate)
+            if of[0] != mode or cell not in known:
+                continue
+            loss, updates = lowest_loss(known[cell])
+            chosen = "yes" if files.tuned_rate(known, *of) == rate else ""
+            word = chosen if rate in RATES[of] else "tried since, not chosen from"
+            rows.append([of[1], f"{rate:g}", f"{loss:.4f}", str(updates), word])
+            methods[f"{of[1]} {rate:g}{age(known[cell])}"] = {TUNING_SEED: known[cell]}
         if methods:
             parts += [f"## {WEIGHTS[mode]}\n", as_table(rows)]
             parts += [_picture(f"tuning-{mode}", methods, m, pictures, q) for m, q in _PLOTTED]
@@ -244,8 +240,9 @@ def rates_page(known: Results, pictures: Path) -> str:
 
 def _tuning_comparison(known: Results, mode: str, methods: Methods) -> str:
     """At equal held-out loss against plain's best rate so far: a first look, of one seed."""
-    plain = {label: runs for label, runs in methods.items() if label.startswith("plain ")}
-    if not plain or len(plain) == len(methods):
+    of = [f"plain {rate:g}" for rate in RATES[mode, "plain"]]
+    plain = {label: methods[label] for label in of if label in methods}
+    if not plain or len(methods) == 1:
         return ""
     best = min(plain, key=lambda label: scalar(plain[label], "heldout_loss")[1:].min())
     others = {label: runs for label, runs in methods.items() if label != best}

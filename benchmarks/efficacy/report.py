@@ -19,11 +19,19 @@ from benchmarks.efficacy.pages import (
     rates_page,
 )
 from benchmarks.efficacy.parts import Finding, findings, parts_table
-from benchmarks.efficacy.places import Place, Results, places, rate_of
+from benchmarks.efficacy.places import Place, Results, lowest_loss, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
 from benchmarks.efficacy.skipped import Skips, known_skips, skipped_table
-from benchmarks.efficacy.study import RATES, SEEDS, STUDIES, TUNING_SEED
+from benchmarks.efficacy.study import (
+    LOWER_RATES,
+    RATES,
+    SEEDS,
+    STUDIES,
+    TUNING_SEED,
+    WEIGHTS,
+    tuning_cell,
+)
 from benchmarks.efficacy.study import cells as cells_of
 from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, scalar
 from benchmarks.efficacy.unseen import Unseen, course_table, difference_table, known_unseen
@@ -197,13 +205,26 @@ def _before(compared: Sequence[Place]) -> str:
 
 
 def _lowest_rates(known: Results) -> str:
-    """Whether tuning has found an end of what it tried, where it is complete."""
+    """Whether tuning, where complete, has chosen an end of what it tried; what lies beyond it."""
     tuned = {key: files.tuned_rate(known, *key) for key in RATES}
     done = [key for key, rate in tuned.items() if rate]
-    lowest = sum(tuned[key] == min(RATES[key]) for key in done)
+    lowest = [key for key in done if tuned[key] == min(RATES[key])]
+    found = []
+    for (mode, method), rate in LOWER_RATES.items():
+        lower = tuning_cell(mode, method, rate)
+        if (mode, method) in lowest and lower in known:
+            chosen = known[tuning_cell(mode, method, tuned[mode, method])]
+            (less, at), (least, best) = lowest_loss(known[lower]), lowest_loss(chosen)
+            found.append(
+                f"{method}, {WEIGHTS[mode]}: {less:.4f} after {at} updates, and not {least:.4f} "
+                f"after {best}"
+            )
+    text = f"In {len(lowest)} of {len(done)} groups that is the lowest rate that was tried"
+    if not found:
+        return f"{text}, and a lower one may be better yet."
     return (
-        f"In {lowest} of {len(done)} groups that is the lowest rate that was tried, and a lower "
-        "one may be better yet."
+        f"{text}; half of it, tried since and not chosen from, reaches a held-out loss of "
+        f"{'; '.join(found)} ([more](tables/rates.md))."
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from benchmarks.efficacy.cell import flags_of
 from benchmarks.efficacy.methods import BEFORE
 from benchmarks.efficacy.protocol import Protocol
-from benchmarks.efficacy.study import RATES, TUNING_SEED, Cell
+from benchmarks.efficacy.study import Cell, tuning
 from iet_sd.files import atomic_file
 
 COUNTS = (
@@ -140,13 +140,11 @@ def is_current(result: Result) -> bool:
 
 def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float | None:
     """The rate of the lowest held-out loss at any reading on the tuning seed; None if not known."""
-    lowest = {
-        cell.learning_rate: float(result.column("heldout_loss").mean(axis=1)[1:].min())
-        for cell, result in results.items()
-        if (cell.train_mode, cell.method, cell.seed) == (mode, method, TUNING_SEED)
-    }
-    complete = set(RATES[mode, method]) <= set(lowest)
-    return min(lowest, key=lambda rate: lowest[rate]) if complete else None
+    cells = tuning(mode, method)
+    if not set(cells) <= set(results):
+        return None
+    lowest = [results[cell].column("heldout_loss").mean(axis=1)[1:].min() for cell in cells]
+    return cells[int(np.argmin(lowest))].learning_rate
 
 
 def _as_json(value: Any) -> Any:

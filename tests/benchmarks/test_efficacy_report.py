@@ -1,10 +1,13 @@
 """RESULTS.md of planted results: all of it, and with little or nothing to tell."""
 
+import json
 import re
+from dataclasses import replace
 
 from PIL import Image
 
 from benchmarks.efficacy import study
+from benchmarks.efficacy.cell import flags_of
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED
@@ -91,3 +94,39 @@ def test_the_report_of_the_tuning_seed_alone_claims_no_more(report_of):
     assert "A first look, one seed, the one that rates are chosen by" in made.page("rates")
     assert "## In short" not in made.text
     assert not (made.folder / "tables" / "fluent-full.md").exists()
+
+
+def test_a_rate_below_the_lowest_is_told_and_not_chosen(report_of):
+    """It has the lowest loss here; the chosen one is the lowest of those that were chosen from."""
+    tried = {rate: low for low, rate in zip((0, 1, 2), study.RATES["full", "plain"], strict=True)}
+    below = study.LOWER_RATES["full", "plain"]
+    assert below < min(tried)
+    found = [at_rate(rate, 0.001 * low) for rate, low in tried.items()]
+    told = report_of(found).text
+    assert "In 1 of 1 groups that is the lowest rate that was tried, and a lower one may be" in told
+    made = report_of([*found, at_rate(below, -0.002)])
+    text = " ".join(made.text.split())
+    assert (
+        "reaches a held-out loss of plain, all weights: 0.0480 after 256 updates, and not" in text
+    )
+    assert "and not 0.0500 after 256 ([more]" in text
+    rows = [line for line in made.page("rates").splitlines() if line.startswith("| plain | ")]
+    assert [row.split(" | ")[-1] for row in rows] == ["yes |", " |", " |", NOT_CHOSEN]
+    assert rows[3].startswith(f"| plain | {below:g} | 0.0480 | 256 |")
+    assert f"the one that rates are chosen by: against plain {min(tried):g}." in made.page("rates")
+    # An end that is not the lowest says nothing.
+    turned = [at_rate(rate, -0.001 * low) for rate, low in tried.items()]
+    assert "In 0 of 1 groups" in report_of([*turned, at_rate(below, 0.0)]).text
+
+
+NOT_CHOSEN = "tried since, not chosen from |"
+
+
+def at_rate(rate, more):
+    """A run of the tuning seed, whose held-out losses are 0.05 and so much ``more`` at best."""
+    result = planted(Protocol(), "plain", TUNING_SEED, 1, 1.0)
+    cell = study.tuning_cell("full", "plain", rate)
+    result.about["flags"] = json.loads(json.dumps(flags_of(cell, Protocol())))
+    for row, loss in zip(result.rows, (0.08, 0.06, 0.05, 0.055, 0.07), strict=True):
+        row["heldout_loss"] = [loss + more] * len(row["heldout_loss"])
+    return replace(result, cell=cell)
