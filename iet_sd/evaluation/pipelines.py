@@ -63,7 +63,7 @@ def load_pipeline(
     if config.lora_weights is not None:
         _add_lora(pipeline, config)
     for module in (pipeline.unet, pipeline.vae, *family.encoders(pipeline)):
-        # An adapter arrives in train mode, and with the dropout it was trained with.
+        # An adapter arrives in train mode, and maybe with the dropout it was trained with.
         module.requires_grad_(False).eval()
     return pipeline.to(device)
 

@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -30,6 +31,7 @@ KOHYA_LORA = "pytorch_lora_weights_kohya.safetensors"
 MERGED = "merged"
 NON_EMA_LORA = "pytorch_lora_weights_non_ema.safetensors"
 NON_EMA = "_non_ema"
+_LORA_METADATA = ("r", "lora_alpha", "target_modules", "use_dora")
 
 
 def save_result(components: Components, config: ModelConfig, folder: Path) -> None:
@@ -92,16 +94,27 @@ def save_merged(components: Components, trained: Mapping[str, Module], folder: P
 def _write_lora(
     components: Components, trained: Mapping[str, Module], folder: Path, name: str
 ) -> None:
-    """Write the adapters for ``load_lora_weights``.
-
-    Their metadata holds the settings; without them alpha would be read back as rank.
-    """
+    """Write the adapters for ``load_lora_weights``."""
     components.family.pipeline.save_lora_weights(
         folder,
         **{f"{part}_lora_layers": _lora_state(part, module) for part, module in trained.items()},
         weight_name=name,
-        **_collate_lora_metadata(trained),
+        **_lora_metadata(trained),
     )
+
+
+def _lora_metadata(trained: Mapping[str, Module]) -> dict[str, dict[str, Any]]:
+    """The settings that a reader needs; without them it would take alpha for the rank.
+
+    No others of peft's: a reader hands all of them to its own peft, where an older one knows fewer
+    and fails, and dropout would be on when pictures are drawn.
+    """
+    found = {}
+    for name, settings in _collate_lora_metadata(trained).items():
+        needed = {key: settings[key] for key in _LORA_METADATA}
+        # A set has another order in each process, and the file other bytes.
+        found[name] = {k: sorted(v) if isinstance(v, set) else v for k, v in needed.items()}
+    return found
 
 
 def _lora_state(part: str, module: Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -182,8 +183,15 @@ def test_lora_draws_as_the_model_that_was_trained(pipelines, trained, lora, give
     assert np.abs(expected - images(load(pipelines["sd1"]))).max() > 0.05
 
 
-def test_lora_comes_without_the_dropout_of_its_training(pipelines, lora):
-    pipeline = load(pipelines["sd1"], lora_weights=lora)
+def test_lora_comes_without_the_dropout_of_its_training(pipelines, lora, tmp_path):
+    """Where its file tells of one, as those of diffusers' scripts do."""
+    with safe_open(lora / LORA, framework="pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert not any(key.endswith("lora_dropout") for key in told)
+    told |= {f"{part}.lora_dropout": 0.5 for part in ("unet", "text_encoder")}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}
+    save_file(load_file(lora / LORA), tmp_path / "theirs.safetensors", metadata)
+    pipeline = load(pipelines["sd1"], lora_weights=tmp_path / "theirs.safetensors")
     for network in (pipeline.unet, pipeline.text_encoder):
         modules = list(network.modules())
         assert any(isinstance(module, torch.nn.Dropout) and module.p == 0.5 for module in modules)
