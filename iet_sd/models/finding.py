@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -22,6 +22,7 @@ from iet_sd.models.layout import (
     check_vae,
     convert_hint,
     download_patterns,
+    names_in,
     weights_file,
 )
 
@@ -34,10 +35,11 @@ def check_model(config: ModelConfig, weights: bool = True) -> None:
     name, vae = config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path
     if folder := _local(name, "a pipeline folder", "StableDiffusionPipeline"):
         check_folder(folder, config, weights)
-        if config.non_ema_revision is not None:
-            raise UserError(
-                f"--non_ema_revision names a revision on the Hub, and {name} is a folder here."
-            )
+        for flag in ("revision", "non_ema_revision"):
+            if getattr(config, flag) is not None:
+                raise UserError(
+                    f"--{flag} names a revision on the Hub, and {name} is a folder here."
+                )
     if vae is not None and (folder := _local(vae, "the folder of a VAE", "AutoencoderKL")):
         check_vae(folder, vae, weights)
 
@@ -54,7 +56,7 @@ def find_folder(config: ModelConfig, cache_dir: str | None, weights: bool = True
     if not folder.is_dir():
         patterns = download_patterns(config.variant, weights)
         folder = _download(name, config.revision, cache_dir, patterns)
-        check_folder(folder, config, weights)
+        check_folder(folder, config, weights, lambda: _names(name, config.revision, folder))
     return folder
 
 
@@ -115,6 +117,14 @@ def _local(name: str, what: str, single_file_class: str) -> Path | None:
             f"{name!r} is neither a folder here nor a valid model id on the Hub: {error}"
         ) from error
     return None
+
+
+def _names(name: str, revision: str | None, folder: Path) -> list[str]:
+    """The files of the Hub's model ``name``; without the Hub those in ``folder``, a part of it."""
+    try:
+        return sorted(HfApi().list_repo_files(name, revision=revision))
+    except (OSError, HTTPError):
+        return names_in(folder)
 
 
 def _download(name: str, revision: str | None, cache_dir: str | None, patterns: list[str]) -> Path:

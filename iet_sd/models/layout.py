@@ -4,6 +4,8 @@ All that can be told from names, configs and file headers, so before any weights
 """
 
 import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ INDEX = "model_index.json"
 LORA = "pytorch_lora_weights.safetensors"
 SINGLE_FILE = (".safetensors", ".ckpt")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+Names = Callable[[], Sequence[str]]
+"""Of the files that there are, as `names_in`; asked for where something is missing."""
 
 
 def family_in(folder: Path, name: str) -> Family:
@@ -75,30 +79,43 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_folder(folder: Path, config: ModelConfig, weights: bool = True) -> None:
+def names_in(folder: Path) -> list[str]:
+    """The files in a folder and in those directly below it, as paths from it, sorted."""
+    files = (path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in files)
+
+
+def check_folder(
+    folder: Path, config: ModelConfig, weights: bool = True, names: Names | None = None
+) -> None:
     """`UserError` unless ``folder`` holds a whole pipeline of a family that we can train.
 
-    Without ``weights`` all but these must be there.
+    Without ``weights`` all but these must be there. ``names``: of what there is besides, where
+    ``folder`` has only what was asked for of it.
     """
-    name = config.pretrained_model_name_or_path
+    name, names = config.pretrained_model_name_or_path, names or partial(names_in, folder)
     if not (folder / INDEX).is_file():
-        if (folder / LORA).is_file():
+        there = names()
+        if LORA in there:
             raise UserError(
                 f"{name} is a LoRA (it holds {LORA}): give the model it was trained on, and for "
                 f"evaluation --lora_weights {name}."
             )
-        single = next((str(f) for f in sorted(folder.iterdir()) if f.suffix in SINGLE_FILE), None)
-        advice = convert_hint(single) if single else "Give a folder that save_pretrained wrote."
+        single = next((n for n in there if "/" not in n and n.endswith(SINGLE_FILE)), None)
+        advice = "Give a folder that save_pretrained wrote."
+        if single:
+            here = folder / single
+            advice = convert_hint(str(here) if here.is_file() else single)
         raise UserError(
-            f"{name} is no pipeline folder: expected {INDEX} in it, {_found(folder)}. {advice}"
+            f"{name} is no pipeline folder: expected {INDEX} in it, {_found(there)}. {advice}"
         )
     family = family_in(folder, name)
     _check_classes(folder, name, family)
     _check_scheduler(folder, name)
     for part in parts_of(folder):
-        _check_part(folder / part, part, config)
+        _check_part(folder / part, part, config, names)
         if weights and (file := weights_file(part, config.variant)):
-            _check_weights(folder / part / file, part, config)
+            _check_weights(folder / part / file, part, config, names)
     check_channels(folder / "unet", folder / "vae", name)
     _check_micro_conditioning(folder, name, family)
     _check_prediction_type(folder, config)
@@ -110,7 +127,8 @@ def check_vae(folder: Path, name: str, weights: bool = True) -> None:
     if not all((folder / wanted).is_file() for wanted in [part.config, *[file] * weights]):
         raise UserError(
             f"--pretrained_vae_model_name_or_path {name}: expected {part.config} and {file} of a "
-            f"VAE in it, {_found(folder)}. Give a folder as vae/ in a pipeline, without variant."
+            f"VAE in it, {_found(names_in(folder))}. Give a folder as vae/ in a pipeline, without "
+            "variant."
         )
     found = read_json(folder / part.config).get("_class_name")
     if found not in part.classes:
@@ -144,9 +162,11 @@ def convert_hint(source: str, single_file_class: str = "StableDiffusionPipeline"
     cls, call = "DiffusionPipeline", f"from_pretrained('{source}', use_safetensors=False)"
     if source.endswith(SINGLE_FILE):
         cls, call = single_file_class, f"from_single_file('{source}')"
+    # diffusers splits what is larger than 10 GB, such as the UNet of SDXL in fp32.
+    saving = "save_pretrained('new_folder', max_shard_size='20GB')"
     return (
         "Only folders with safetensors weights are read; convert with "
-        f"python -c \"from diffusers import {cls}; {cls}.{call}.save_pretrained('new_folder')\""
+        f'python -c "from diffusers import {cls}; {cls}.{call}.{saving}"'
     )
 
 
@@ -183,13 +203,13 @@ def _check_scheduler(folder: Path, name: str) -> None:
     )
 
 
-def _check_part(folder: Path, part: str, config: ModelConfig) -> None:
+def _check_part(folder: Path, part: str, config: ModelConfig, names: Names) -> None:
     """The folder of a part must hold its config, and a tokenizer its vocabulary."""
     missing = f"{config.pretrained_model_name_or_path}: {INDEX} names a {part}, but"
     if not (folder / PARTS[part].config).is_file():
         raise UserError(
-            f"{missing} there is no {part}/{PARTS[part].config} ({_found(folder)}). Get the whole "
-            f"pipeline{f', or set {part} to [null, null] there' if part in OPTIONAL else ''}."
+            f"{missing} there is no {part}/{PARTS[part].config} ({_found(names(), part)}). Get the "
+            f"whole pipeline{f', or set {part} to [null, null] there' if part in OPTIONAL else ''}."
         )
     if part.startswith("tokenizer") and not (
         (folder / "tokenizer.json").is_file()
@@ -197,29 +217,36 @@ def _check_part(folder: Path, part: str, config: ModelConfig) -> None:
     ):
         raise UserError(
             f"{missing} {part}/ has no vocabulary: expected tokenizer.json, or vocab.json and "
-            f"merges.txt, {_found(folder)}."
+            f"merges.txt, {_found(names(), part)}."
         )
 
 
-def _check_weights(path: Path, part: str, config: ModelConfig) -> None:
+def _check_weights(path: Path, part: str, config: ModelConfig, names: Names) -> None:
     """The weights must be there as one safetensors file with a readable header."""
-    name, stem = config.pretrained_model_name_or_path, PARTS[part].weights
-    if not path.is_file():
-        others = sorted(
-            file.name.removeprefix(f"{stem}.").removesuffix("safetensors").rstrip(".")
-            for file in path.parent.glob(f"{stem}.*safetensors")
-            if "-of-" not in file.name
+    if path.is_file():
+        _check_header(path)
+        return
+    name, stem, there = config.pretrained_model_name_or_path, PARTS[part].weights, names()
+    # Of diffusion_pytorch_model.fp16.safetensors the middle; without variant nothing.
+    begin = f"{part}/{stem}."
+    files = [n.removeprefix(begin) for n in there if n.startswith(begin)]
+    variants = [
+        file.removesuffix("safetensors").rstrip(".")
+        for file in files
+        if file.endswith("safetensors") and "-of-" not in file
+    ]
+    if variants == [""]:
+        plain = weights_file(part, None)
+        advice = f"Give no --variant, or, if other parts have it alone, copy {plain} to that name"
+    elif variants:
+        advice = "Give " + " or ".join(
+            f"--variant {variant}" if variant else "no --variant" for variant in variants
         )
-        if others:
-            advice = "Give " + " or ".join(
-                f"--variant {variant}" if variant else "no --variant" for variant in others
-            )
-        elif any(path.parent.glob(f"{stem}*-of-*.safetensors")):
-            advice = "Its weights are split: save it again with max_shard_size='20GB'"
-        else:
-            advice = convert_hint(name)
-        raise UserError(f"{name}: expected {part}/{path.name}, {_found(path.parent)}. {advice}.")
-    _check_header(path)
+    elif any(n.startswith(f"{part}/{stem}") and "-of-" in n for n in there):
+        advice = "Its weights are split: save it again with max_shard_size='20GB'"
+    else:
+        advice = convert_hint(name)
+    raise UserError(f"{name}: expected {part}/{path.name}, {_found(there, part)}. {advice}.")
 
 
 def _check_header(path: Path) -> None:
@@ -263,10 +290,11 @@ def _check_prediction_type(folder: Path, config: ModelConfig) -> None:
         )
 
 
-def _found(folder: Path) -> str:
-    """What a folder holds, for a message: at most eight names."""
-    if not folder.is_dir():
+def _found(names: Sequence[str], part: str = "") -> str:
+    """What a folder, or that of a part in it, holds, for a message: at most eight names."""
+    below = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/" if part else "")]
+    entries = sorted({name.partition("/")[0] for name in below})
+    if part and not entries:
         return "and there is no such folder"
-    names = sorted(entry.name for entry in folder.iterdir())
-    more = ", …" if len(names) > 8 else ""
-    return f"found {', '.join(names[:8])}{more}" if names else "found nothing"
+    more = ", …" if len(entries) > 8 else ""
+    return f"found {', '.join(entries[:8])}{more}" if entries else "found nothing"
