@@ -6,7 +6,7 @@ paths are those of diffusers' UNet; for XL of Stability's own (sgm), as kohya tr
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -64,18 +64,21 @@ def kohya_name(part: str, layer: str, unet: UNet2DConditionModel) -> str:
     is_xl = _is_xl(unet)
     path = layer.replace(".", "_")
     if part == UNET:
-        blocks = unet.config.layers_per_block
-        return f"lora_unet_{sgm_path(path, blocks) if is_xl else path}"
+        layers = unet.config.layers_per_block
+        if isinstance(layers, int):
+            layers = [layers] * len(unet.config.down_block_types)
+        return f"lora_unet_{sgm_path(path, layers) if is_xl else path}"
     prefix = {"text_encoder": "lora_te1" if is_xl else "lora_te", "text_encoder_2": "lora_te2"}
     path = f"{TEXT_MODEL}{layer.removeprefix(TEXT_MODEL)}".replace(".", "_")
     return f"{prefix[part]}_{path}"
 
 
-def sgm_path(path: str, layers_per_block: int) -> str:
+def sgm_path(path: str, layers: Sequence[int]) -> str:
     """A path in diffusers' UNet of SDXL as one in Stability's, both with ``_`` for ``.``.
 
     There all layers of the way down are in one list, ``input_blocks``, and of the way up in
     ``output_blocks``; in each of these residual block, attention and resampling are 0, 1 and 2.
+    ``layers``: residual blocks of each of diffusers' blocks on the way down.
     """
     if path in _OUTSIDE:
         return _OUTSIDE[path]
@@ -84,11 +87,13 @@ def sgm_path(path: str, layers_per_block: int) -> str:
         rest = _RESNET[rest]
     if way == "mid":
         return f"middle_block_{1 if kind == 'attentions' else 2 * int(number)}_{rest}"
-    first = int(block) * (layers_per_block + 1)
+    layers = layers if way == "down" else layers[::-1]
+    here = layers[int(block)]
+    first = sum(layers[: int(block)]) + int(block)
     if kind == "downsamplers":
-        return f"input_blocks_{first + layers_per_block + 1}_0_op"
+        return f"input_blocks_{first + here + 1}_0_op"
     if kind == "upsamplers":
-        return f"output_blocks_{first + layers_per_block}_2_{rest}"
+        return f"output_blocks_{first + here}_2_{rest}"
     side, place = ("input", first + 1) if way == "down" else ("output", first)
     return f"{side}_blocks_{place + int(number)}_{int(kind == 'attentions')}_{rest}"
 

@@ -127,4 +127,21 @@ def test_metadata_tells_rank_alpha_and_kind_of_model(
 )
 def test_layers_of_sdxl_are_named_as_in_its_original_code(diffusers, sgm):
     """By hand: SDXL has two residual blocks a level, three on the way up."""
-    assert sgm_path(diffusers, layers_per_block=2) == sgm
+    assert sgm_path(diffusers, layers=(2, 2, 2)) == sgm
+
+
+@pytest.mark.parametrize(
+    ("diffusers", "sgm"),
+    [
+        ("down_blocks_0_downsamplers_0_conv", "input_blocks_2_0_op"),
+        ("down_blocks_1_resnets_1_conv1", "input_blocks_4_0_in_layers_2"),
+        ("down_blocks_2_attentions_2_proj_in", "input_blocks_8_1_proj_in"),
+        ("up_blocks_0_resnets_3_conv1", "output_blocks_3_0_in_layers_2"),
+        ("up_blocks_0_upsamplers_0_conv", "output_blocks_3_2_conv"),
+        ("up_blocks_1_upsamplers_0_conv", "output_blocks_6_2_conv"),
+        ("up_blocks_2_resnets_1_conv1", "output_blocks_8_0_in_layers_2"),
+    ],
+)
+def test_layers_are_counted_where_levels_have_unequal_numbers(diffusers, sgm):
+    """By hand: one, two and three residual blocks, one more each on the way up, where it ends."""
+    assert sgm_path(diffusers, layers=(1, 2, 3)) == sgm
