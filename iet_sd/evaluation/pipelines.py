@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from iet_sd.config import ModelConfig
 from iet_sd.config.evaluation import PipelineConfig
 from iet_sd.errors import UserError
+from iet_sd.models.family import PARTS
 from iet_sd.models.finding import check_model, find_folder
 from iet_sd.models.fingerprint import fingerprint
 from iet_sd.models.layout import INDEX, family_in
@@ -37,7 +38,10 @@ def model_fingerprint(config: PipelineConfig, cache_dir: str | None) -> str:
     digest = hashlib.sha256((folder / INDEX).read_bytes())
     digest.update(fingerprint(folder, config.variant).encode())
     if config.lora_weights is not None:
-        digest.update(_lora_file(config.lora_weights).read_bytes())
+        file = _lora_file(config.lora_weights)
+        digest.update(file.read_bytes())
+        if own := _scheduler_beside(file):
+            digest.update(own.read_bytes())
     return digest.hexdigest()
 
 
@@ -46,7 +50,8 @@ def load_pipeline(
 ) -> DiffusionPipeline:
     """The pipeline as diffusers loads it, in ``dtype`` and with the LoRA, in eval mode.
 
-    It draws with its own scheduler, and without what would hide images or mark them.
+    It draws with its own scheduler, or with the one beside the LoRA, and without what would hide
+    images or mark them.
     Errors: `UserError` for a model or a LoRA that isn't there or doesn't fit.
     """
     folder = find_folder(_model(config), cache_dir)
@@ -113,6 +118,16 @@ def _add_lora(pipeline: DiffusionPipeline, config: PipelineConfig) -> None:
             f"--lora_weights: {file} does not fit {config.pretrained_model_name_or_path}: "
             f"{problem}. A LoRA needs the model that it was trained on."
         )
+    if _scheduler_beside(file):
+        own = type(pipeline.scheduler).from_pretrained(file.parent, subfolder="scheduler")
+        pipeline.scheduler = own
+
+
+def _scheduler_beside(lora: Path) -> Path | None:
+    """Settings of the scheduler that training has changed, as it writes them beside a LoRA."""
+    file = lora.parent / "scheduler" / PARTS["scheduler"].config
+    # The file of a whole pipeline may lie there too.
+    return file if file.is_file() and not (lora.parent / INDEX).is_file() else None
 
 
 class Model:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from iet_sd.config import Config
+from iet_sd.config import Config, ModelConfig
 from iet_sd.engine.tracking import table
 from iet_sd.files import write_text_atomic
 from iet_sd.hub.contents import (
@@ -18,6 +18,7 @@ from iet_sd.hub.contents import (
     EVALUATED,
     FRONTIER,
     GRID,
+    SCHEDULER,
     SETTINGS,
     STAND_IN,
     is_local,
@@ -39,6 +40,7 @@ _AIM = (
 )
 _BASE = "path/to/the/base/model"
 """What a card calls a base that is a folder of this machine, in its example."""
+_VAE = "path/to/the/vae"
 _END = "<!-- iet_sd: end of evaluation -->"
 _SECTION = re.compile(f"{re.escape(EVALUATED).replace(re.escape('{}'), '.*?')}.*?{_END}", re.DOTALL)
 
@@ -69,7 +71,6 @@ def write_card(
     """
     model, method, training = config.model, config.method, config.training
     base = shown(model.pretrained_model_name_or_path)
-    lora = model.train_mode == "lora"
     total = {key: sum(line[key] for line in rounds) for key in ("updates", "trained", "skipped")}
     scored = sum(line["scored"] for line in rounds)
     done = (
@@ -112,7 +113,7 @@ All settings are in `{SETTINGS}`.
 ## Use
 
 ```python
-{_usage(lora, model.pretrained_model_name_or_path, pipeline)}
+{_usage(model, pipeline, (folder / SCHEDULER).is_file())}
 ```
 """
     write_text_atomic(folder / CARD, str(ModelCard(content)))
@@ -180,12 +181,27 @@ def _advised(advice: str) -> str:
     return advice and f"\n{advice}\n\n![Memorization and held-out loss by round]({FRONTIER})\n"
 
 
-def _usage(lora: bool, base: str, pipeline: str) -> str:
-    base = _BASE if is_local(base) else base
-    source = base if lora else STAND_IN
-    adapter = f'pipeline.load_lora_weights("{STAND_IN}")\n' if lora else ""
-    return (
-        f"from diffusers import {pipeline}\n\n"
-        f"pipeline = {pipeline}.from_pretrained({json.dumps(source)})\n"
-        f'{adapter}pipeline("a prompt").images[0]'
-    )
+def _usage(model: ModelConfig, pipeline: str, own_scheduler: bool) -> str:
+    """Code that draws a picture; a LoRA needs its base as it was trained with it."""
+    if model.train_mode != "lora":
+        return _code([pipeline], f"{pipeline}.from_pretrained({json.dumps(STAND_IN)})", [])
+    base, vae = model.pretrained_model_name_or_path, model.pretrained_vae_model_name_or_path
+    names, arguments = [pipeline], [json.dumps(_BASE if is_local(base) else base)]
+    for name in ("revision", "variant"):
+        if value := getattr(model, name):
+            arguments.append(f"{name}={json.dumps(value)}")
+    if vae:
+        names.insert(0, "AutoencoderKL")
+        place = json.dumps(_VAE if is_local(vae) else vae)
+        arguments.append(f"vae=AutoencoderKL.from_pretrained({place})")
+    after = [f'pipeline.load_lora_weights("{STAND_IN}")']
+    if own_scheduler:
+        cls = "type(pipeline.scheduler)"
+        own = f'{cls}.from_pretrained("{STAND_IN}", subfolder="scheduler")'
+        after.append(f"pipeline.scheduler = {own}")
+    return _code(names, f"{pipeline}.from_pretrained({', '.join(arguments)})", after)
+
+
+def _code(names: list[str], pipeline: str, after: list[str]) -> str:
+    lines = [f"from diffusers import {', '.join(names)}", "", f"pipeline = {pipeline}", *after]
+    return "\n".join([*lines, 'pipeline("a prompt").images[0]'])

@@ -21,6 +21,8 @@ METRICS = "metrics.jsonl"
 GRID = "sample_grid.png"
 FRONTIER = "frontier.png"
 INDEX = "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
+"""Beside a LoRA that draws otherwise than its base."""
 LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors")
 EVALUATION = "evaluation"
 REPORT, PAGE = f"{EVALUATION}/report.json", f"{EVALUATION}/report_public.html"
@@ -46,6 +48,8 @@ def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         for part in _parts(folder):
             files = sorted(f for f in (folder / part).iterdir() if f.suffix in _PARTS)
             found |= {f"{part}/{file.name}": file for file in files if _is_plain(file)}
+    elif (folder / SCHEDULER).is_file():
+        found[SCHEDULER] = folder / SCHEDULER
     pictures = sorted(f for f in folder.iterdir() if _PICTURES.fullmatch(f.name))
     for file in (folder / METRICS, *pictures):
         if _is_plain(file):

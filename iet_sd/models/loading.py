@@ -146,6 +146,12 @@ def scheduler_config(components: "Components") -> dict[str, Any]:
     return config
 
 
+def changes_scheduler(components: "Components") -> bool:
+    """Whether the result samples otherwise than the source: a LoRA of it needs more than itself."""
+    own = read_json(components.folder / "scheduler" / PARTS["scheduler"].config)
+    return scheduler_config(components) != {"prediction_type": "epsilon"} | own
+
+
 def prediction_type(config: ModelConfig, cache_dir: str | None) -> str:
     """What the model predicts, or is told to; no weights are needed."""
     folder = find_folder(config, cache_dir, weights=False)

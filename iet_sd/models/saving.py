@@ -24,7 +24,7 @@ from iet_sd.models.adapter import ADAPTER, UNET, trained_modules
 from iet_sd.models.family import PARTS
 from iet_sd.models.kohya import write_kohya
 from iet_sd.models.layout import INDEX, LORA, locate, parts_of, read_json, weights_file
-from iet_sd.models.loading import Components, scheduler_config
+from iet_sd.models.loading import Components, changes_scheduler, scheduler_config
 from iet_sd.models.merge import TEXT_MODEL, write_folded
 
 KOHYA_LORA = "pytorch_lora_weights_kohya.safetensors"
@@ -71,10 +71,15 @@ def save_pipeline(components: Components, config: ModelConfig, folder: Path) -> 
 
 
 def save_lora(components: Components, config: ModelConfig, folder: Path) -> None:
-    """Save ``pytorch_lora_weights.safetensors``, and what else of the adapter is asked for."""
+    """Save ``pytorch_lora_weights.safetensors``, and what else of the adapter is asked for.
+
+    Also the ``scheduler/`` to draw with, if it is not that of the model it is loaded into.
+    """
     trained = trained_modules(components, config)
     with atomic_folder(folder) as staging:
         _write_lora(components, trained, staging, LORA)
+        if changes_scheduler(components):
+            _write_scheduler(components, staging / "scheduler")
         if config.save_kohya_lora:
             write_kohya(trained, components.prediction_type, staging / KOHYA_LORA)
         if config.merge_lora:
@@ -179,5 +184,6 @@ def _copy_part(part: str, components: Components, target: Path, weights: bool) -
 
 def _write_scheduler(components: Components, target: Path) -> None:
     """The source's scheduler config, with what training has changed."""
+    target.mkdir(exist_ok=True)
     text = json.dumps(scheduler_config(components), indent=2)
     (target / PARTS["scheduler"].config).write_text(text + "\n", encoding="utf-8")

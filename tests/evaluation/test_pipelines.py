@@ -198,6 +198,24 @@ def test_lora_comes_without_the_dropout_of_its_training(pipelines, lora, tmp_pat
         assert not any(module.training for module in modules)
 
 
+@pytest.mark.parametrize(
+    "given", [{"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": True}], ids=str
+)
+def test_lora_draws_with_the_scheduler_that_was_trained(pipelines, given, tmp_path):
+    base, adapter = str(pipelines["sd2"]), {"train_mode": "lora", "rank": 2}
+    model = ModelConfig(pretrained_model_name_or_path=base, **adapter, **given)
+    components = load_components(model, torch.float32, None)
+    make_trainable(components, model, seed=0)
+    save_result(components, model, tmp_path)
+    pipeline = load(base, lora_weights=tmp_path)
+    np.testing.assert_allclose(images(pipeline), images(as_pipeline(components)), atol=1e-5)
+    assert np.abs(images(pipeline) - images(load(base))).max() > 0.05
+    # What is drawn depends on it.
+    before = fingerprint(base, lora_weights=tmp_path)
+    edit(tmp_path / "scheduler" / "scheduler_config.json", steps_offset=3)
+    assert fingerprint(base, lora_weights=tmp_path) != before
+
+
 def test_lora_of_another_model_is_an_error(pipelines, lora, tmp_path):
     weights = load_file(lora / LORA)
     wider = {k: v.repeat(1, 2) if "lora.down" in k else v for k, v in weights.items()}
