@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +186,9 @@ class Reporter:
             logger.info("round %d is not pushed, as an earlier one still is", round)
             return
         try:
-            self._save_round(round, self.background.new_folder())
+            self.background.start(round, partial(self._save_round, round))
         except (OSError, SafetensorError) as error:
             logger.warning("round %d is not pushed: %s. Training goes on.", round, error)
-        else:
-            self.background.start(round)
 
     def _save_round(self, round: int, folder: Path) -> None:
         """What of the result there is by now."""

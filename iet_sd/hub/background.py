@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -52,14 +53,21 @@ class BackgroundPush:
         self._clear()
         return True
 
-    def new_folder(self) -> Path:
-        """An empty `folder`, to be filled before `start`."""
-        self._clear()
-        self.folder.mkdir()
-        return self.folder
+    def start(self, round: int, save: Callable[[Path], None]) -> None:
+        """Push what ``save`` writes into a folder, and return once that is written.
 
-    def start(self, round: int) -> None:
-        """Push what lies in `folder`, and return at once."""
+        Errors: those of ``save``, and `OSError` where there can be no other process; nothing stays.
+        """
+        self._clear()
+        try:
+            self.folder.mkdir()
+            save(self.folder)
+            self._launch(round)
+        except BaseException:
+            self._clear()
+            raise
+
+    def _launch(self, round: int) -> None:
         self._round, self._output = round, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, *self.repository.arguments(self.folder)],

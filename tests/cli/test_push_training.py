@@ -44,8 +44,8 @@ def test_a_trained_pipeline_arrives_and_loads_by_its_name(
     """B.3 items 3 and 7; a round before in the background, here waited for."""
     start = BackgroundPush.start
 
-    def start_and_wait(self, round):
-        start(self, round)
+    def start_and_wait(self, round, save):
+        start(self, round, save)
         assert self._process.wait(120) == 0
 
     monkeypatch.setattr(BackgroundPush, "start", start_and_wait)
@@ -179,8 +179,7 @@ def test_the_background_is_not_waited_for_and_its_failure_is_a_warning(hub, tmp_
     push = BackgroundPush(Repository("me/cats", False, TOKEN), tmp_path)
 
     def start(round):
-        (push.new_folder() / LORA).write_text("weights")
-        push.start(round)
+        push.start(round, lambda folder: (folder / LORA).write_text("weights"))
 
     hub.faults = {COMMIT: "hold"}
     start(1)
@@ -202,3 +201,17 @@ def test_the_background_is_not_waited_for_and_its_failure_is_a_warning(hub, tmp_
     assert f"later: python -m iet_sd push {tmp_path} --hub_model_id me/cats" in caplog.text
     assert TOKEN not in caplog.text
     assert not push.folder.exists()
+
+
+def test_a_round_whose_push_cannot_start_is_trained_and_kept(
+    hub, argv, tmp_path, monkeypatch, caplog
+):
+    """As where there is no memory for another process."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent" / "python"))
+    flags = argv(train_mode="lora", hub_model_id="me/cats", hub_token=TOKEN, hub_push_rounds=1)
+    assert train([*flags, "--push_to_hub"]) == 0
+    assert "round 1 is not pushed: [Errno 2] No such file" in caplog.text
+    output = tmp_path / "output"
+    assert (output / "checkpoint-1").is_dir()
+    assert not (output / ".hub").exists()
+    assert LORA in hub.files("me/cats")
