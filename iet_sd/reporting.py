@@ -3,7 +3,8 @@
 import dataclasses
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ from iet_sd.probing import PICTURE, Prober
 from iet_sd.sampling import grid, sample
 
 logger = logging.getLogger("iet_sd")
+
+
+@contextmanager
+def _dispensable(picture: str) -> Iterator[None]:
+    """Inside, what goes wrong is a warning: no picture is worth the round, or the result's card."""
+    try:
+        yield
+    except Exception as error:  # anything: also of the device, the disk, or a tracker
+        kind = type(error).__name__
+        logger.warning("%s is not drawn: %s: %s. The run goes on.", picture, kind, error)
 
 
 class Reporter:
@@ -113,7 +124,8 @@ class Reporter:
         with averaged(self.parameters, state.ema, state.weights):
             save_result(self.components, model, self.output_dir)
             if self.config.training.validation_prompts:
-                self._save_picture(self._draw(), GRID)
+                with _dispensable(GRID):
+                    self._save_picture(self._draw(), GRID)
         advice = self._advise()
         self._write_card(self.output_dir, num_samples, GRID, advice.text if advice else "")
         print(table(self.metrics.lines))
@@ -169,10 +181,12 @@ class Reporter:
             self.metrics.append(reading.line())
             self._log("eval", reading.line())
         if self._draws_after(event):
-            with averaged(self.parameters, self.state.ema, self.state.weights):
-                picture = self._draw()
-            self._save_picture(picture, f"validation-{event.round}.png")
-            self._log_picture("validation", picture)
+            name = f"validation-{event.round}.png"
+            with _dispensable(name):
+                with averaged(self.parameters, self.state.ema, self.state.weights):
+                    picture = self._draw()
+                self._save_picture(picture, name)
+                self._log_picture("validation", picture)
         if self.background is not None:
             self._push_round(event.round)
 
@@ -230,9 +244,10 @@ class Reporter:
         if not self.prober.on:
             return None
         advice = self.prober.recommendation()
-        picture = self.prober.draw(advice)
-        self._save_picture(picture, PICTURE)
-        self._log_picture("frontier", picture)
+        with _dispensable(PICTURE):
+            picture = self.prober.draw(advice)
+            self._save_picture(picture, PICTURE)
+            self._log_picture("frontier", picture)
         if advice is not None:
             self.metrics.append(advice.line())
         return advice

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from iet_sd.config.checks import below_one, not_negative, positive
+from iet_sd.config.checks import below_one, not_negative, positive, whole_characters
 from iet_sd.errors import UserError
 
 
@@ -50,6 +50,7 @@ class GenerationConfig:
         positive(self, "num_prompts", "images_per_prompt", "num_inference_steps")
         positive(self, "generation_batch_size")
         not_negative(self, "guidance_scale")
+        whole_characters(self, "prompts")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from iet_sd.config.checks import below_one, not_negative, positive
+from iet_sd.config.checks import below_one, not_negative, positive, whole_characters
 from iet_sd.errors import UserError
 
 LR_SCHEDULERS = Literal[
@@ -176,5 +176,6 @@ class TrainingConfig:
         if self.validation_prompt:
             object.__setattr__(self, "validation_prompts", (self.validation_prompt,))
             object.__setattr__(self, "validation_prompt", None)
+        whole_characters(self, "validation_prompts")
         if self.validation_rounds and not self.validation_prompts:
             raise UserError("--validation_rounds needs --validation_prompts.")

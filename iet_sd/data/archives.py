@@ -14,9 +14,10 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
+from iet_sd.config.checks import SURROGATE
 from iet_sd.data.captions import texts
 from iet_sd.data.checks import is_filled
-from iet_sd.data.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES, SURROGATE, read_object
+from iet_sd.data.folder import IMAGE_SUFFIXES, SIDECAR_SUFFIXES, read_object
 from iet_sd.errors import UserError
 
 

@@ -10,7 +10,6 @@ import io
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features, Image, List, Value
 
 from iet_sd.config import DataConfig
+from iet_sd.config.checks import SURROGATE
 from iet_sd.data.captions import texts
 from iet_sd.data.checks import is_filled, listed
 from iet_sd.errors import UserError
@@ -29,9 +29,6 @@ IMAGE_SUFFIXES = (
 )
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECAR_SUFFIXES = (".caption", ".txt")
-# Half of a character that is written in two, which JSON may hold and a table may not; Python also
-# puts one in place of each byte of a file name that is not UTF-8.
-SURROGATE = re.compile("[\ud800-\udfff]")
 # Folders of these names at the top hold splits, if all images lie in such folders.
 SPLIT_FOLDERS = {
     "train": "train",

@@ -7,10 +7,11 @@ import sys
 import time
 
 import pytest
+import torch
 from huggingface_hub import constants
 from safetensors.torch import load, load_file
 
-from iet_sd import arguments
+from iet_sd import arguments, reporting
 from iet_sd.cli import train as training
 from iet_sd.cli.main import main
 from iet_sd.cli.train import train
@@ -215,3 +216,17 @@ def test_a_round_whose_push_cannot_start_is_trained_and_kept(
     assert (output / "checkpoint-1").is_dir()
     assert not (output / ".hub").exists()
     assert LORA in hub.files("me/cats")
+
+
+def test_no_picture_costs_the_card_or_the_push(hub, argv, tmp_path, monkeypatch, caplog):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room on the device")
+
+    monkeypatch.setattr(reporting, "grid", no_room)
+    given = {"validation_prompts": "a cat", "validation_rounds": 1, "validation_inference_steps": 1}
+    given |= {"train_mode": "lora", "hub_model_id": "me/cats", "hub_token": TOKEN}
+    assert train([*argv(**given, num_validation_images=1), "--push_to_hub"]) == 0
+    for picture in ("validation-1.png", "validation-2.png", "sample_grid.png"):
+        assert f"{picture} is not drawn: OutOfMemoryError: no room on the device" in caplog.text
+        assert not (tmp_path / "output" / picture).exists()
+    assert {LORA, "README.md"} <= set(hub.files("me/cats"))

@@ -51,6 +51,8 @@ MISTAKES = [
     ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps"),
     ({"num_validation_images": 0}, "--num_validation_images"),
     ({"validation_inference_steps": 0}, "--validation_inference_steps"),
+    ({"validation_prompts": ("a cat", "a \ud83d cat")}, "--validation_prompts holds half a char"),
+    ({"validation_prompt": "a \udcff cat"}, "--validation_prompts holds half a character"),
     ({"ddp_timeout": 0}, "--ddp_timeout"),
     ({"learning_rate": 0.0}, "--learning_rate"),
     ({"learning_rate": float("nan")}, "--learning_rate"),
