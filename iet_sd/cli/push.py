@@ -3,13 +3,14 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from iet_sd.arguments import load
+from iet_sd.arguments import load, read_yaml
 from iet_sd.cli.common import status_of
 from iet_sd.config import Config, PushSettings
 from iet_sd.engine.stopping import Signals
 from iet_sd.errors import PushFailed, UserError
+from iet_sd.hub.contents import BESIDE, SETTINGS, contents
 
 if TYPE_CHECKING:
     from iet_sd.hub.push import Repository
@@ -21,14 +22,31 @@ def push(argv: Sequence[str]) -> int:
 
 
 def _push(argv: Sequence[str]) -> None:
-    settings = load(argv, PushSettings, "python -m iet_sd push")
+    settings = load(argv, PushSettings, "python -m iet_sd push", below=_as_trained)
     from iet_sd.hub import push
-    from iet_sd.hub.contents import contents
 
     folder = Path(settings.result.folder).expanduser()
     contents(folder, "")  # before anything is made on the Hub
     repository = push.open_repository(settings.hub, folder)
     print(push.push(folder, repository, "Result of training with iet_sd"))
+
+
+def _as_trained(values: dict[str, Any]) -> dict[str, Any]:
+    """Name and privacy by the settings of the run; what else it saved has a name of its own.
+
+    Else ``DIR/best`` would take the place of DIR on the Hub, or of the best of another run.
+    """
+    folder = Path(values["folder"]).expanduser().resolve()
+    inner = folder.name in BESIDE and (folder.parent / SETTINGS).is_file()
+    run = folder.parent if inner else folder
+    if not (run / SETTINGS).is_file():
+        return {}
+    trained = read_yaml(run / SETTINGS, Config, "settings of the result")
+    name = trained.get("hub_model_id") or run.name
+    return {
+        "hub_model_id": f"{name}-{folder.name}" if inner else name,
+        "hub_private": trained.get("hub_private", False),
+    }
 
 
 def hide_from_trackers(token: str | None) -> None:

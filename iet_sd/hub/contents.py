@@ -24,6 +24,8 @@ INDEX = "model_index.json"
 SCHEDULER = "scheduler/scheduler_config.json"
 """Beside a LoRA that draws otherwise than its base."""
 LORAS = ("pytorch_lora_weights.safetensors", "pytorch_lora_weights_kohya.safetensors")
+BESIDE = ("best", "merged")
+"""Folders of other results that a run saves within its own."""
 EVALUATION = "evaluation"
 REPORT, PAGE = f"{EVALUATION}/report.json", f"{EVALUATION}/report_public.html"
 """What is pushed of an evaluation: of its pages the one without training images and captions."""

@@ -82,8 +82,8 @@ def open_repository(config: HubConfig, folder: Path) -> Repository:
         api.auth_check(repo_id, write=True)
         if config.hub_private and not api.model_info(repo_id).private:
             raise UserError(
-                f"{repo_id} is public, and --hub_private was given. Make it private on its page on "
-                "the Hub, or give another --hub_model_id."
+                f"{repo_id} is public, and --hub_private was given, here or to the run. Make it "
+                "private on its page on the Hub, or give another --hub_model_id."
             )
     return Repository(repo_id, config.hub_private, token)
 

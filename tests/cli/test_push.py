@@ -7,6 +7,7 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
+from iet_sd import probing
 from iet_sd.arguments import from_layers
 from iet_sd.cli.main import main
 from iet_sd.hub import contents as hub_contents
@@ -36,6 +37,7 @@ def test_what_is_named_arrives_and_nothing_else(hub, result, tmp_path, capsys):
 def test_the_names_are_those_that_training_saves_by():
     assert hub_contents.LORAS == (LORA, KOHYA)
     assert hub_contents.INDEX == saving.INDEX
+    assert hub_contents.BESIDE == (probing.BEST, saving.MERGED)
 
 
 def test_the_name_of_the_folder_and_the_token_of_a_login(hub, result, monkeypatch, tmp_path):
@@ -47,6 +49,41 @@ def test_the_name_of_the_folder_and_the_token_of_a_login(hub, result, monkeypatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(flags(folder, hub_token=None, hub_model_id="other")) == 0
     assert set(hub.commits) == {"me/result", "me/other"}
+
+
+def of_run(folder, **settings):
+    """Have a folder be that of a run with these settings."""
+    (folder / "training_config.yaml").write_text(yaml.safe_dump(settings))
+
+
+def test_a_run_is_pushed_by_its_own_name_and_as_private_as_it_said(hub, result):
+    folder, _ = result
+    of_run(folder, hub_private=True, hub_model_id="me/secret")
+    assert main(flags(folder, hub_model_id=None)) == 0
+    assert hub.private == {"me/secret": True}
+    assert main([*flags(folder, hub_model_id="me/shown"), "--no-hub_private"]) == 0
+    assert hub.private == {"me/secret": True, "me/shown": False}
+    of_run(folder, hub_private=True, hub_model_id=None)
+    assert main(flags(folder, hub_model_id=None)) == 0
+    assert hub.private["me/result"]
+
+
+def test_other_results_of_a_run_have_names_of_their_own(hub, result):
+    folder, _ = result
+    for name in hub_contents.BESIDE:
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / LORA).write_text("weights")
+    of_run(folder / "best", hub_model_id="me/secret")
+    for model, name in ((None, "me/result"), ("me/secret", "me/secret")):
+        of_run(folder, hub_private=True, hub_model_id=model)
+        for inner in hub_contents.BESIDE:
+            assert main(flags(folder / inner, hub_model_id=None)) == 0
+            assert hub.private[f"{name}-{inner}"]
+    assert len(hub.commits) == 4
+    # Not within a run: as any other.
+    (folder / "training_config.yaml").unlink()
+    assert main(flags(folder / "merged", hub_model_id=None)) == 0
+    assert "me/merged" in hub.commits
 
 
 FAULTS = {
