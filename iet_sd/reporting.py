@@ -209,11 +209,12 @@ class Reporter:
         model = dataclasses.replace(self.config.model, merge_lora=False)
         with averaged(self.parameters, self.state.ema, self.state.weights):
             save_result(self.components, model, folder)
-        picture = f"validation-{round}.png"
-        for name in (SETTINGS, METRICS, picture):
+        # All pictures so far: a push deletes those that an earlier one had and this one has not.
+        pictures = [f"validation-{number}.png" for number in range(1, round + 1)]
+        for name in (SETTINGS, METRICS, *pictures):
             if (self.output_dir / name).is_file():
                 shutil.copyfile(self.output_dir / name, folder / name)
-        self._write_card(folder, len(self.state.shard_of_N), picture)
+        self._write_card(folder, len(self.state.shard_of_N), pictures[-1])
 
     def _write_card(self, folder: Path, num_samples: int, picture: str, advice: str = "") -> None:
         rounds = [line for line in self.metrics.lines if line["kind"] == "round"]

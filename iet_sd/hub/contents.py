@@ -35,6 +35,11 @@ STAND_IN = "path/to/this/folder"
 """What a card on disk calls the place of the result; on the Hub its name is known."""
 EVALUATED = "<!-- iet_sd: evaluation {} -->"
 """A card of ours names by this the evaluation that it tells of, by its date."""
+PARTS = (
+    *("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder"),
+    *("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+)
+"""Names of the parts that pipelines of ours may have."""
 _PICTURES = re.compile(r"sample_grid\.png|validation-\d+\.png|frontier\.png")
 _PARTS = (".json", ".txt", ".safetensors")
 
@@ -65,6 +70,20 @@ def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
             _without(settings, _places(settings)), sort_keys=False, allow_unicode=True
         ).encode()
     return found | _evaluation(folder)
+
+
+def may_be_ours(name: str) -> bool:
+    """Whether a push may have put a file of this name on the Hub; the card may be another's.
+
+    What a result has of these, and a later one by the same name has not, belongs to no model there.
+    """
+    folder, _, file = name.rpartition("/")
+    if not folder:
+        own = name in (INDEX, *LORAS, SETTINGS, METRICS)
+        return own or _PICTURES.fullmatch(name) is not None
+    if folder == EVALUATION:
+        return name in (REPORT, PAGE) or file.endswith(".png")
+    return folder in PARTS and file.endswith(_PARTS)
 
 
 def is_evaluated(folder: Path) -> bool:

@@ -1,6 +1,8 @@
 """Pushing a result: all that can fail is tried before training, and the result goes in one commit.
 
-A commit is whole or not at all, so a push that breaks off leaves the repository as it was.
+A commit is whole or not at all, so a push that breaks off leaves the repository as it was. It also
+deletes what an earlier push put there and this result does not have: a LoRA beside the index of a
+pipeline would load as the old pipeline, and an evaluation of other weights would speak for these.
 """
 
 import shlex
@@ -9,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -21,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from iet_sd.config import HubConfig
 from iet_sd.errors import PushFailed, UserError
-from iet_sd.hub.contents import contents
+from iet_sd.hub.contents import contents, may_be_ours
 
 _STATUS = {
     401: "the Hub does not accept the token; log in by `hf auth login`, or set HF_TOKEN",
@@ -96,12 +98,16 @@ def push(folder: Path, repository: Repository, message: str) -> str:
     files = contents(folder, repository.repo_id)
     with _told(repository.repo_id, repository.token):
         api = HfApi(token=repository.token)
+        there = api.list_repo_files(repository.repo_id)
+        stale = [name for name in there if may_be_ours(name) and name not in files]
         operations = [
             CommitOperationAdd(name, what if isinstance(what, bytes) else str(what))
             for name, what in files.items()
         ]
+        operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
         api.create_commit(repository.repo_id, operations, commit_message=message)
-    return f"Pushed {len(files)} files to {api.endpoint}/{repository.repo_id}"
+    gone = f", and deleted {len(stale)} of an earlier push" if stale else ""
+    return f"Pushed {len(files)} files to {api.endpoint}/{repository.repo_id}{gone}"
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from iet_sd.cli.main import main
 from iet_sd.hub import contents as hub_contents
 from iet_sd.hub.card import write_card
 from iet_sd.models import saving
+from iet_sd.models.family import PARTS
 from tests.cli.pushing import COMMIT, KOHYA, LORA, UPLOAD, flags, nowhere
 from tests.hub_server import TOKEN
 
@@ -37,6 +38,7 @@ def test_what_is_named_arrives_and_nothing_else(hub, result, tmp_path, capsys):
 def test_the_names_are_those_that_training_saves_by():
     assert hub_contents.LORAS == (LORA, KOHYA)
     assert hub_contents.INDEX == saving.INDEX
+    assert set(hub_contents.PARTS) == set(PARTS)
     assert hub_contents.BESIDE == (probing.BEST, saving.MERGED)
 
 
@@ -49,6 +51,28 @@ def test_the_name_of_the_folder_and_the_token_of_a_login(hub, result, monkeypatc
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(flags(folder, hub_token=None, hub_model_id="other")) == 0
     assert set(hub.commits) == {"me/result", "me/other"}
+
+
+def test_a_push_deletes_what_an_earlier_one_put_there_and_nothing_of_others(hub, result, capsys):
+    folder, _ = result
+    assert main(flags(folder)) == 0
+    assert "deleted" not in capsys.readouterr().out
+    others = {"LICENSE", "notes/mine.png", "unet/notes.md", "evaluation/mine.csv", "mine.png"}
+    first = hub.files("me/cats")
+    hub.commits["me/cats"].append(first | dict.fromkeys(others, b"a user's"))
+    lora = folder.parent / "lora"
+    lora.mkdir()
+    for name in ("README.md", "training_config.yaml", "validation-2.png"):
+        shutil.copy(folder / name, lora)
+    (lora / LORA).write_text("weights")
+    assert main(flags(lora)) == 0
+    kept = {"README.md", "training_config.yaml", "validation-2.png", LORA, ".gitattributes"}
+    assert set(hub.files("me/cats")) == kept | others
+    gone = len(set(first) - kept)
+    assert f"/me/cats, and deleted {gone} of an earlier push\n" in capsys.readouterr().out
+    # And a pipeline takes the place of a LoRA.
+    assert main(flags(folder)) == 0
+    assert set(hub.files("me/cats")) == set(first) | others
 
 
 def of_run(folder, **settings):

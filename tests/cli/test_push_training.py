@@ -39,10 +39,9 @@ print("the same")
 """
 
 
-def test_a_trained_pipeline_arrives_and_loads_by_its_name(
-    hub, argv, tmp_path, monkeypatch, capsys, caplog
-):
-    """B.3 items 3 and 7; a round before in the background, here waited for."""
+@pytest.fixture
+def waited_for(monkeypatch):
+    """Rounds are pushed in the background, and each is through before training goes on."""
     start = BackgroundPush.start
 
     def start_and_wait(self, round, save):
@@ -50,6 +49,12 @@ def test_a_trained_pipeline_arrives_and_loads_by_its_name(
         assert self._process.wait(120) == 0
 
     monkeypatch.setattr(BackgroundPush, "start", start_and_wait)
+
+
+def test_a_trained_pipeline_arrives_and_loads_by_its_name(
+    hub, argv, tmp_path, monkeypatch, capsys, caplog, waited_for
+):
+    """B.3 items 3 and 7; a round before in the background."""
     options = {"hub_token": TOKEN, "hub_model_id": "cats", "hub_push_rounds": 1}
     options |= {"report_to": "tensorboard"}
     # As a shell gives them, where trackers look.
@@ -87,6 +92,25 @@ def test_a_trained_pipeline_arrives_and_loads_by_its_name(
     nowhere(TOKEN, tmp_path, said)
     assert TOKEN not in caplog.text
     assert TOKEN not in done.stdout + done.stderr + " ".join(sys.argv)
+
+
+def test_a_round_takes_the_place_of_an_earlier_result_and_keeps_the_pictures_of_its_run(
+    hub, argv, waited_for
+):
+    earlier = ("model_index.json", UNET, "evaluation/report.json", "sample_grid.png")
+    others = {"LICENSE", "README.md"}
+    before = dict.fromkeys((*earlier, "validation-9.png", *others), b"of before")
+    hub.commits["me/cats"], hub.private["me/cats"] = [before], False
+    given = {"validation_prompts": "a cat", "validation_rounds": 1, "validation_inference_steps": 1}
+    given |= {"train_mode": "lora", "hub_model_id": "me/cats", "hub_token": TOKEN}
+    flags = argv(**given, num_validation_images=1, num_rounds=3, hub_push_rounds=1)
+    assert train([*flags, "--push_to_hub"]) == 0
+    _, *rounds, last = hub.commits["me/cats"]
+    records = {*others, "training_config.yaml", "metrics.jsonl", LORA}
+    for number, round in enumerate(rounds, start=1):
+        assert set(round) == records | {f"validation-{n}.png" for n in range(1, number + 1)}
+    assert len(rounds) == 2
+    assert set(last) == {*rounds[-1], "validation-3.png", "sample_grid.png"}
 
 
 def test_a_lora_is_whole_when_the_push_fails_and_is_pushed_by_the_line_that_says_so(
