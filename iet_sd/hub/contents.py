@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from iet_sd.errors import UserError
+from iet_sd.models.origin import without_origin
 
 CARD = "README.md"
 SETTINGS = "training_config.yaml"
@@ -57,6 +58,8 @@ def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
             found |= {f"{part}/{file.name}": file for file in files if _is_plain(file)}
     elif (folder / SCHEDULER).is_file():
         found[SCHEDULER] = folder / SCHEDULER
+    for name in [name for name in found if name.endswith(".json")]:
+        found[name] = _nameless(found[name])
     pictures = sorted(f for f in folder.iterdir() if _PICTURES.fullmatch(f.name))
     for file in (folder / METRICS, *pictures):
         if _is_plain(file):
@@ -121,6 +124,14 @@ def _parts(folder: Path) -> list[str]:
         if not (folder / part).is_dir():
             raise UserError(f"{folder} is no whole pipeline: {INDEX} names {part}/, not there.")
     return parts
+
+
+def _nameless(config: Path) -> bytes:
+    """A config without the place it was loaded from: results of before, and of others, name it."""
+    try:
+        return without_origin(config)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config} is damaged: {error}.") from error
 
 
 def _evaluation(folder: Path) -> dict[str, Path | bytes]:

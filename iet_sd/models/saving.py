@@ -26,6 +26,7 @@ from iet_sd.models.kohya import write_kohya
 from iet_sd.models.layout import INDEX, LORA, locate, parts_of, read_json, weights_file
 from iet_sd.models.loading import Components, changes_scheduler, scheduler_config
 from iet_sd.models.merge import TEXT_MODEL, write_folded
+from iet_sd.models.origin import without_origin
 
 KOHYA_LORA = "pytorch_lora_weights_kohya.safetensors"
 MERGED = "merged"
@@ -163,20 +164,22 @@ def _copy_others(components: Components, folder: Path, written: Collection[str])
         _copy_part(part, components, folder / part, weights=part not in written)
     _write_scheduler(components, folder / "scheduler")
     load_in_fp32(folder)
-    shutil.copyfile(components.folder / INDEX, folder / INDEX)
+    (folder / INDEX).write_bytes(without_origin(components.folder / INDEX))
 
 
 def _copy_part(part: str, components: Components, target: Path, weights: bool) -> None:
     """Copy a part's configs and vocabulary, and its weights unless they were trained.
 
-    The architecture is the source's either way, and the config that diffusers writes would name
-    the folder it was loaded from on this machine.
+    The architecture is the source's either way. What a config says of the folder it was loaded
+    from on some machine stays behind.
     """
     target.mkdir(exist_ok=True)
     folder, variant = locate(part, components.folder, components.variant, components.vae_folder)
     stored = weights_file(part, variant)
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".txt") and ".index" not in file.name:
+        if file.suffix == ".json" and ".index" not in file.name:
+            (target / file.name).write_bytes(without_origin(file))
+        elif file.suffix == ".txt":
             shutil.copyfile(file, target / file.name)
         elif file.name == stored and weights:
             shutil.copyfile(file, target / weights_file(part, None))

@@ -49,11 +49,12 @@ def result(tmp_path):
         "command": f"python -m iet_sd evaluate --train_data_dir {data}",
     }
     index = {"_class_name": "StableDiffusionPipeline", "safety_checker": [None, None]}
+    index |= {"_name_or_path": str(tmp_path / "base")}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "tokenizer": ["transformers", "x"]}
     files = {
         "model_index.json": json.dumps(index),
         UNET: "weights",
-        "unet/config.json": "{}",
+        "unet/config.json": json.dumps({"_name_or_path": str(tmp_path / "base"), "x": 1}),
         "tokenizer/merges.txt": "",
         "README.md": "# result\n",
         "training_config.yaml": yaml.safe_dump({"train_data_dir": data, "seed": 0}),

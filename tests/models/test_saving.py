@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,26 @@ def test_no_file_names_the_folder_the_model_came_from(folders, tmp_path):
     save_result(components, config, tmp_path)
     for name in files_of(tmp_path):
         assert str(folders["sd1"]).encode() not in (tmp_path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("given", [{}, {"train_mode": "lora", "merge_lora": True}], ids=str)
+def test_nor_a_folder_that_the_source_itself_names(folders, tmp_path, given):
+    """As what diffusers saves does, of a pipeline from a folder."""
+    secret, source = tmp_path / "alice", tmp_path / "source"
+    shutil.copytree(folders["sd1"], secret)
+    StableDiffusionPipeline.from_pretrained(secret).save_pretrained(source)
+    config = source / "tokenizer" / "tokenizer_config.json"
+    told = {"name_or_path": str(secret), "special_tokens_map_file": f"{secret}/special.json"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | told))
+    named = {n for n in files_of(source) if b"alice" in (source / n).read_bytes()}
+    assert {"model_index.json", "vae/config.json", "tokenizer/tokenizer_config.json"} <= named
+    components, config = trained(source, **given)
+    save_result(components, config, tmp_path / "result")
+    files = files_of(tmp_path / "result")
+    assert not [n for n in files if b"alice" in (tmp_path / "result" / n).read_bytes()]
+    folder = tmp_path / "result" / ("merged" if given else "")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline.tokenizer("a cat").input_ids == components.tokenizer("a cat").input_ids
 
 
 def test_variant_is_read_and_the_result_has_none(folders, tmp_path):
