@@ -107,6 +107,39 @@ def test_a_prompt_is_no_place(prompt, config, tmp_path):
     assert settings["train_data_dir"] == "pictures"
 
 
+def test_a_path_keeps_its_last_name_wherever_it_leads_from_here(config, tmp_path, evaluated):
+    """As when push runs in another folder than training, or the data have moved."""
+    folder, report = evaluated
+    given = {
+        "pretrained_model_name_or_path": "../clients/acme/base",
+        "pretrained_vae_model_name_or_path": "me/vae",
+        "train_data_dir": "acme/photos/",
+        "heldout_data_dir": r"D:\acme\others",
+        "cache_dir": "~acme/cache",
+        "output_dir": "acme/result",
+        "logging_dir": "acme/logs",
+        "eval_embedder": "sscd_disc_mixup=clients/acme/sscd.pt",
+        "validation_prompts": ("half / half",),
+    }
+    write_settings(folder, config(**given))
+    path = report("2026-01-01")
+    content = json.loads(path.read_text())
+    content["settings"] = {"lora_weights": "./acme/lora.safetensors", "clip_score": "open/clip"}
+    content["settings"] |= {"embedders": ["clip=acme/models/clip", "python=a.b:c"]}
+    content["command"] = "evaluate --config acme/e.yaml --lora_weights ./acme/lora.safetensors"
+    path.write_text(json.dumps(content))
+    files = contents(folder, "me/cats")
+    assert not [n for n, what in files.items() if isinstance(what, bytes) and b"acme" in what]
+    settings = yaml.safe_load(files[SETTINGS])
+    kept = ("base", "me/vae", "photos", "others", "cache", "result", "logs")
+    assert tuple(settings[name] for name in list(given)[:7]) == kept
+    assert settings["eval_embedder"] == "sscd_disc_mixup=sscd.pt"
+    assert settings["validation_prompts"] == ["half / half"]
+    settings = json.loads(files["evaluation/report.json"])["settings"]
+    assert settings["clip_score"] == "open/clip"
+    assert settings["embedders"] == ["clip=clip", "python=a.b:c"]
+
+
 def test_a_relative_folder_is_called_by_its_own_name(card, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "result")
     assert "# result" in card(output_dir=".").text

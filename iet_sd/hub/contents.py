@@ -43,6 +43,13 @@ PARTS = (
 """Names of the parts that pipelines of ours may have."""
 _PICTURES = re.compile(r"sample_grid\.png|validation-\d+\.png|frontier\.png")
 _PARTS = (".json", ".txt", ".safetensors")
+_SOURCES = (
+    *("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "lora_weights"),
+    *("dataset_name", "embedders", "quality_embedder", "eval_embedder", "clip_score", "name"),
+)
+"""Settings that are an id on the Hub, or a path."""
+_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_CONFIG = re.compile(r"--config[= ](\S+)")
 
 
 def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
@@ -139,7 +146,7 @@ def _evaluation(folder: Path) -> dict[str, Path | bytes]:
     if not is_evaluated(folder):
         return {}
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    names = _places({**report["settings"], **report["model"]})
+    names = _places({**report["settings"], **report["model"]}, report.get("command", ""))
     public = _without(report, names)
     found: dict[str, Path | bytes] = {
         REPORT: (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -170,20 +177,31 @@ def is_local(name: str) -> bool:
         return False
 
 
-def _places(settings: dict[str, Any]) -> dict[str, str]:
-    """The local paths among settings, by what to say instead; longest first."""
-    listed = [
-        v for value in settings.values() for v in (value if isinstance(value, list) else [value])
-    ]
-    # An embedder may be given as NAME=FILE.
-    values = {
-        part
-        for value in listed
-        if isinstance(value, str)
-        for part in (value, value.partition("=")[2])
-    }
-    paths = {value for value in values if re.search(r"[/\\~]", value) and is_local(value)}
-    return {path: shown(path) for path in sorted(paths, key=len, reverse=True)}
+def _places(settings: dict[str, Any], command: str = "") -> dict[str, str]:
+    """The paths among settings, by what to say instead; longest first.
+
+    By the field where that tells: a push may run in another folder than training did, or on
+    another machine, where a relative path leads nowhere. ``command``: its --config is one too.
+    """
+    paths = set(_CONFIG.findall(command))
+    for field, value in settings.items():
+        for text in value if isinstance(value, list) else [value]:
+            # An embedder may be given as NAME=FILE.
+            path = re.sub(r"^\w+=", "", text) if isinstance(text, str) else ""
+            if _is_path(field, path):
+                paths.add(path)
+    paths = {path for path in paths if re.search(r"[/\\~]", path)}
+    return {path: _last_name(path) for path in sorted(paths, key=len, reverse=True)}
+
+
+def _is_path(field: str, text: str) -> bool:
+    """Whether the value of a setting is a path, wherever that leads from here."""
+    by_nature = field.endswith("_dir") or field == "resume_from_checkpoint"
+    return by_nature or is_local(text) or (field in _SOURCES and not _ID.fullmatch(text))
+
+
+def _last_name(path: str) -> str:
+    return re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
 
 
 def _without(value: Any, places: dict[str, str]) -> Any:
