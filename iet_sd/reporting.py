@@ -134,6 +134,10 @@ class Reporter:
         print(f"Saved to {self.output_dir}")
         if best := self.prober.save_best(advice):
             write_settings(best, self.config)  # by which `evaluate` finds the data
+            for name in (METRICS, PICTURE):
+                if (self.output_dir / name).is_file():
+                    shutil.copyfile(self.output_dir / name, best / name)
+            self._write_card(best, num_samples, "", advice.text, advice.round)
 
     def _step(self) -> int:
         """The axis of the trackers: steps of all shards, but of ours in the round under way."""
@@ -216,10 +220,17 @@ class Reporter:
                 shutil.copyfile(self.output_dir / name, folder / name)
         self._write_card(folder, len(self.state.shard_of_N), pictures[-1])
 
-    def _write_card(self, folder: Path, num_samples: int, picture: str, advice: str = "") -> None:
+    def _write_card(
+        self,
+        folder: Path,
+        num_samples: int,
+        picture: str,
+        advice: str = "",
+        round: int | None = None,
+    ) -> None:
         rounds = [line for line in self.metrics.lines if line["kind"] == "round"]
         pipeline = self.components.family.pipeline.__name__
-        write_card(folder, self.config, num_samples, rounds, pipeline, picture, advice)
+        write_card(folder, self.config, num_samples, rounds, pipeline, picture, advice, round)
 
     def _log(self, name: str, line: dict[str, Any]) -> None:
         """The numbers of a line of metrics.jsonl, to the trackers."""

@@ -61,12 +61,14 @@ def write_card(
     pipeline: str = "StableDiffusionPipeline",
     picture: str = GRID,
     advice: str = "",
+    round: int | None = None,
 ) -> None:
     """Write ``README.md``: what was trained from what, by which method, on which data.
 
     rounds: lines of metrics.jsonl. pipeline: the class that loads the model. picture: of the
     validation prompts, shown if there are any and it is in ``folder``. advice: what round to keep,
-    if rounds were measured; `FRONTIER` in ``folder`` shows them.
+    if rounds were measured; `FRONTIER` in ``folder`` shows them. round: whose weights these are; by
+    default the last.
     An evaluation in ``folder`` is of weights before these: `refresh_card` comes after the next.
     """
     model, method, training = config.model, config.method, config.training
@@ -81,6 +83,7 @@ def write_card(
     facts = {
         "method": f"`{method.method}`, preset `{method.preset}`",
         "shards, rounds": f"{method.num_shards}, {done}",
+        "weights": f"after round {len(rounds) if round is None else round}",
         "trained": _trained(config),
         "data": f"{plain(shown(config.data.dataset_name or config.data.train_data_dir))}, "
         f"{num_samples} images at {config.data.resolution} px",

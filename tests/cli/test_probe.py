@@ -14,6 +14,7 @@ from iet_sd.cli.train import train
 from iet_sd.engine import checkpoint
 from iet_sd.engine.rounds import Trainer
 from iet_sd.evaluation.probe import Probe
+from iet_sd.hub.contents import contents
 from iet_sd.probing import Prober
 from tests.compare import equal
 from tests.engine.running import timeless
@@ -135,6 +136,13 @@ def test_readings_best_and_picture(never_stopped):
     card = (output / "README.md").read_text()
     assert advice["text"] in card
     assert "](frontier.png)" in card
+    # Each card says which round's weights are beside it, and is pushed with them.
+    assert "| weights | after round 4 |" in card
+    card = (output / "best" / "README.md").read_text()
+    assert f"| weights | after round {advice['round']} |" in card
+    assert "](frontier.png)" in card
+    pushed = {"README.md", "frontier.png", "metrics.jsonl", "model_index.json", settings}
+    assert pushed < set(contents(output / "best", "me/cats-best"))
 
     events = EventAccumulator(str(output / "logs" / "iet-sd-fine-tune")).Reload()
     steps = [2 * 2 * number for number in range(5)]
