@@ -7,7 +7,7 @@ Nothing heavy is imported: a push is no reason to load torch.
 import html
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """Files of the result in ``folder`` by their name on the Hub, or as bytes what they hold there.
 
     Texts lose the folders of this machine, and the card has the name of the repository in its
-    example. Errors: `UserError` if there is no pipeline and no LoRA, or not all of one.
+    example. Errors: `UserError` if there is no pipeline and no LoRA, or not all of one, or a text
+    is damaged.
     """
     found: dict[str, Path | bytes] = {path.name: path for path in _weights(folder)}
     if (folder / INDEX).is_file():
@@ -72,10 +73,9 @@ def contents(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         if _is_plain(file):
             found[file.name] = file
     if (folder / CARD).is_file():
-        card = (folder / CARD).read_text(encoding="utf-8")
-        found[CARD] = card.replace(STAND_IN, repo_id).encode()
+        found[CARD] = _text(folder / CARD).replace(STAND_IN, repo_id).encode()
     if (folder / SETTINGS).is_file():
-        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+        settings = _mapping(folder / SETTINGS, yaml.safe_load)
         found[SETTINGS] = yaml.safe_dump(
             _without(settings, _places(settings)), sort_keys=False, allow_unicode=True
         ).encode()
@@ -104,9 +104,9 @@ def is_evaluated(folder: Path) -> bool:
     """
     if not (folder / REPORT).is_file():
         return False
-    card = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    card = _text(folder / CARD) if (folder / CARD).is_file() else ""
     is_ours = EVALUATED.partition("{")[0] in card
-    created = json.loads((folder / REPORT).read_text(encoding="utf-8")).get("created")
+    created = _mapping(folder / REPORT, json.loads).get("created")
     return not is_ours or EVALUATED.format(created) in card
 
 
@@ -125,8 +125,8 @@ def _weights(folder: Path) -> Iterator[Path]:
 
 def _parts(folder: Path) -> list[str]:
     """Names of the parts of a pipeline, all there."""
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    parts = [name for name, entry in index.items() if isinstance(entry, list) and entry[1]]
+    index = _mapping(folder / INDEX, json.loads)
+    parts = [name for name, entry in index.items() if isinstance(entry, list) and all(entry)]
     for part in parts:
         if not (folder / part).is_dir():
             raise UserError(f"{folder} is no whole pipeline: {INDEX} names {part}/, not there.")
@@ -138,22 +138,49 @@ def _nameless(config: Path) -> bytes:
     try:
         return without_origin(config)
     except (OSError, ValueError) as error:
-        raise UserError(f"{config} is damaged: {error}.") from error
+        raise UserError(_damaged(config, error)) from error
+
+
+def _text(path: Path) -> str:
+    """Errors: `UserError` for what is no text."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(_damaged(path, error)) from error
+
+
+def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """Errors: `UserError` for what is anything else."""
+    text = _text(path)
+    try:
+        content = parse(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(_damaged(path, error)) from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(_damaged(path, "it has no values by their names"))
+    return content
+
+
+def _damaged(path: Path, why: object) -> str:
+    return f"{path} is damaged: {' '.join(str(why).split()).rstrip('.')}. Mend or remove it."
 
 
 def _evaluation(folder: Path) -> dict[str, Path | bytes]:
     """The report; not the tables of all images, which are as long as the data."""
     if not is_evaluated(folder):
         return {}
-    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    names = _places({**report["settings"], **report["model"]}, report.get("command", ""))
+    report = _mapping(folder / REPORT, json.loads)
+    settings, model = (report.get(name) for name in ("settings", "model"))
+    if not (isinstance(settings, dict) and isinstance(model, dict)):
+        raise UserError(_damaged(folder / REPORT, "it has no settings, or no model"))
+    names = _places(settings | model, str(report.get("command", "")))
     public = _without(report, names)
     found: dict[str, Path | bytes] = {
         REPORT: (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode(),
         **{f"{EVALUATION}/{f.name}": f for f in sorted((folder / EVALUATION).glob("*.png"))},
     }
     if (folder / PAGE).is_file():
-        page = (folder / PAGE).read_text(encoding="utf-8")
+        page = _text(folder / PAGE)
         found[PAGE] = _without(page, {html.escape(k): html.escape(v) for k, v in names.items()})
         found[PAGE] = found[PAGE].encode()
     return found

@@ -93,7 +93,7 @@ def open_repository(config: HubConfig, folder: Path) -> Repository:
 def push(folder: Path, repository: Repository, message: str) -> str:
     """Push the result in ``folder``, as `contents` says; what was pushed where, in words.
 
-    Errors: `PushFailed`, whatever goes wrong on the way.
+    Errors: `UserError` of `contents`; `PushFailed`, whatever goes wrong on the way.
     """
     files = contents(folder, repository.repo_id)
     with _told(repository.repo_id, repository.token):

@@ -172,6 +172,27 @@ def test_what_is_no_result_is_not_pushed(hub, result, tmp_path, capsys):
     assert not hub.requests
 
 
+DAMAGE = {
+    "training_config.yaml": (b"", b"a: [1", b"1: 2", b"\xff"),
+    "model_index.json": (b"", b"{", b"[]", b"\xff"),
+    "unet/config.json": (b'{"_name_or_path": ', b'"name_or_path" \xff'),
+    "README.md": (b"\xff",),
+    "evaluation/report.json": (b"", b"{", b"[]", b"{}", b"[" * 100000),
+    "evaluation/report_public.html": (b"\xff",),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(n, t) for n, ts in DAMAGE.items() for t in ts])
+def test_a_damaged_text_is_one_line_that_names_it(name, text, hub, result, capsys):
+    folder, _ = result
+    (folder / name).write_bytes(text)
+    assert main(flags(folder)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert str(folder / name) in line
+    assert not hub.requests
+
+
 def test_private_means_private(hub, result, capsys):
     folder, _ = result
     assert main([*flags(folder), "--hub_private"]) == 0
