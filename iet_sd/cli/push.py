@@ -92,5 +92,5 @@ def push_result(output_dir: Path, repository: "Repository", signals: Signals) ->
     signals.release(kept)
     try:
         print(push.push(output_dir, repository, "Result of training with iet_sd"))
-    except PushFailed as error:
+    except (PushFailed, UserError) as error:  # of the Hub, or of a text beside the weights
         raise PushFailed(f"{error} {kept}") from error

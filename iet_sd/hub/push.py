@@ -6,7 +6,7 @@ pipeline would load as the old pipeline, and an evaluation of other weights woul
 """
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,9 @@ from iet_sd.config import HubConfig
 from iet_sd.errors import PushFailed, UserError
 from iet_sd.hub.contents import contents, may_be_ours
 
+_MAY_NOT = "the token may not write there; it needs the role write, and you the right to the name"
 _STATUS = {
     401: "the Hub does not accept the token; log in by `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there; it needs the role write, and you the right to the name",
     404: "there is no such repository, or the token may not see it",
     429: "the Hub has had too many requests from you",
 }
@@ -71,7 +71,7 @@ def open_repository(config: HubConfig, folder: Path) -> Repository:
             f"{name!r} is no name for a repository on the Hub: {error} Give another by "
             "--hub_model_id, as name or user/name."
         ) from error
-    with _told(name, config.hub_token):
+    with _told(name, config.hub_token, {**_STATUS, 403: _MAY_NOT}):
         token = (config.hub_token or get_token() or "").strip()
         if not token:
             raise LocalTokenNotFoundError
@@ -111,23 +111,27 @@ def push(folder: Path, repository: Repository, message: str) -> str:
 
 
 @contextmanager
-def _told(name: str, token: str | None) -> Iterator[None]:
-    """Whatever the Hub's client raises, as a `PushFailed` of one line, without the token."""
+def _told(name: str, token: str | None, meanings: Mapping[int, str] = _STATUS) -> Iterator[None]:
+    """Whatever the Hub's client raises, as a `PushFailed` of one line, without the token.
+
+    ``meanings``: of the Hub's statuses. One of 403 is a matter of rights where these are asked
+    for; of a commit it may be of storage or of content, and the Hub says which.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # it raises anything: also of its own, of the network's, of Rust's
-        reason = _reason(error)
+        reason = _reason(error, meanings)
         if token:
             reason = reason.replace(token.strip(), "***")
         raise PushFailed(f"{name} on the Hub: {reason}.") from error
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, meanings: Mapping[int, str]) -> str:
     """What went wrong, and what to do about it where that is known."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _reason(error.__cause__)  # "Error while uploading", and why
+        return _reason(error.__cause__, meanings)  # "Error while uploading", and why
     if isinstance(error, LocalTokenNotFoundError):
         return "there is no token; log in by `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
@@ -135,7 +139,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         said = f" ({_line(error.server_message)})" if error.server_message else ""
-        return _STATUS.get(status, f"the Hub answered with status {status}") + said
+        return meanings.get(status, f"the Hub answered with status {status}") + said
     if isinstance(error, HTTPError | ConnectionError | TimeoutError):
         return f"it cannot be reached ({type(error).__name__}: {_line(error)})"
     return f"{type(error).__name__}: {_line(error)}"

@@ -115,6 +115,7 @@ FAULTS = {
     "token": ("me/cats", {"GET /api/whoami": 401}, "the Hub does not accept the token"),
     "no right": ("them/cats", {}, "the token may not write there"),
     "error at once": ("me/cats", {"GET /api/whoami": 503}, "the Hub answered with status 503"),
+    "full": ("me/cats", {COMMIT: 403}, "the Hub answered with status 403 (as the test says)"),
     "error": ("me/cats", {COMMIT: 500}, "the Hub answered with status 500 (as the test says)"),
     "in the middle": ("me/cats", {UPLOAD: "drop"}, "it cannot be reached (RemoteProtocolError"),
     "at the end": ("me/cats", {COMMIT: "drop"}, "it cannot be reached (RemoteProtocolError"),

@@ -123,7 +123,7 @@ def test_a_lora_is_whole_when_the_push_fails_and_is_pushed_by_the_line_that_says
     assert "Saved to" in said.out
     line = said.err.splitlines()[-1]
     output = tmp_path / "output"
-    assert line.startswith("error: me/lora on the Hub: the token may not write there")
+    assert line.startswith("error: me/lora on the Hub: the Hub answered with status 403 (as the te")
     assert f"The result is whole, in {output}; push it by python -m iet_sd push {output}" in line
     assert TOKEN not in said.out + said.err
 
@@ -141,6 +141,23 @@ def test_a_lora_is_whole_when_the_push_fails_and_is_pushed_by_the_line_that_says
     here = load_file(output / LORA)
     assert equal(load(arrived[LORA]), here)
     nowhere(TOKEN, output, said)
+
+
+def test_a_result_is_said_to_be_whole_when_a_text_beside_it_keeps_it_from_the_hub(
+    hub, argv, tmp_path, capsys
+):
+    report = tmp_path / "output" / "evaluation" / "report.json"
+    report.parent.mkdir(parents=True)
+    report.write_text("{")
+    flags = argv(train_mode="lora", num_rounds=1, hub_model_id="me/lora", hub_token=TOKEN)
+    assert train([*flags, "--push_to_hub"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: {report} is damaged: ")
+    assert "The result is whole, in " in line
+    assert "push it by python -m iet_sd push " in line
+    report.unlink()
+    assert main([*shlex.split(line.partition(" -m iet_sd ")[2]), "--hub_token", TOKEN]) == 0
+    assert LORA in hub.files("me/lora")
 
 
 def test_training_does_not_begin_if_it_could_not_be_pushed(
@@ -222,7 +239,10 @@ def test_the_background_is_not_waited_for_and_its_failure_is_a_warning(hub, tmp_
     assert push._process.wait(60) == 1
     assert push.is_free()
     assert hub.commits["me/cats"] == [{}]
-    assert "round 2 was not pushed: me/cats on the Hub: the token may not write" in caplog.text
+    assert (
+        "round 2 was not pushed: me/cats on the Hub: the Hub answered with status 403"
+        in caplog.text
+    )
     assert f"later: python -m iet_sd push {tmp_path} --hub_model_id me/cats" in caplog.text
     assert TOKEN not in caplog.text
     assert not push.folder.exists()
