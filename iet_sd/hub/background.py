@@ -1,7 +1,9 @@
 """Pushing the result of a round while training goes on, by a process that nobody waits for.
 
 A process and not a thread: it can be ended at any time, it takes no time from training's own
-interpreter, and what it holds open is not there when data workers are forked.
+interpreter, and what it holds open is not there when data workers are forked. Its stdin is a pipe
+from training, and it ends when that does, however: else it might read what the next run writes, or
+commit a round over the result of that.
 """
 
 import logging
@@ -11,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -21,35 +24,53 @@ from iet_sd.hub.push import Repository, in_shell
 logger = logging.getLogger("iet_sd")
 
 
+@dataclass(frozen=True)
+class _Push:
+    """One push under way: its process, and what that says."""
+
+    round: int
+    process: subprocess.Popen
+    output: IO[str]
+
+    def last_line(self) -> str:
+        self.output.seek(0)
+        return (self.output.read().strip().splitlines() or ["it said nothing"])[-1]
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.output.close()
+
+
 class BackgroundPush:
     """One push at a time; a round that comes while one is under way is left out."""
 
     def __init__(self, repository: Repository, output_dir: Path) -> None:
-        """``output_dir``: where the result of a round lies while it is pushed."""
+        """Begin, without what a run that was killed has left in ``output_dir``.
+
+        The result of a round lies there while it is pushed, each in a folder of its own.
+        """
         self.repository = repository
-        self.folder = output_dir / PENDING
-        self._round = 0
-        self._process: subprocess.Popen | None = None
-        self._output: IO[str] | None = None
+        self.output_dir = output_dir
+        self._push: _Push | None = None
+        self._clear()
 
     def is_free(self) -> bool:
         """Whether a push could start; tells of one that has ended since the last call."""
-        if self._process is None:
+        push = self._push
+        if push is None:
             return True
-        if self._process.poll() is None:
+        if push.process.poll() is None:
             return False
-        self._output.seek(0)
-        last = (self._output.read().strip().splitlines() or ["it said nothing"])[-1]
-        if self._process.returncode:
+        if push.process.returncode:
             logger.warning(
                 "round %d was not pushed: %s. Training goes on, and pushes its result at the end. "
                 "To push it later: %s",
-                self._round,
-                last.removeprefix("error: ").rstrip("."),
-                in_shell(self.repository.arguments(self.folder.parent)),
+                push.round,
+                push.last_line().removeprefix("error: ").rstrip("."),
+                in_shell(self.repository.arguments(self.output_dir)),
             )
         else:
-            logger.info("round %d: %s", self._round, last)
+            logger.info("round %d: %s", push.round, push.last_line())
         self._clear()
         return True
 
@@ -58,34 +79,40 @@ class BackgroundPush:
 
         Errors: those of ``save``, and `OSError` where there can be no other process; nothing stays.
         """
-        self._clear()
+        pending = self.output_dir / PENDING
         try:
-            self.folder.mkdir()
-            save(self.folder)
-            self._launch(round)
+            pending.mkdir()
+            folder = Path(tempfile.mkdtemp(prefix=f"round-{round}-", dir=pending))
+            save(folder)
+            self._push = self._launched(round, folder)
         except BaseException:
             self._clear()
             raise
 
-    def _launch(self, round: int) -> None:
-        self._round, self._output = round, tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, *self.repository.arguments(self.folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=self._output,
-            stderr=subprocess.STDOUT,
-            # Not for the keys of our terminal.
-            start_new_session=True,
-            env=self._environment(),
-        )
-
     def close(self) -> None:
         """End a push that is under way, which leaves the repository as it was."""
         if not self.is_free():
-            self._process.terminate()
-            self._process.wait()
-            logger.info("the push of round %d was broken off", self._round)
-        self._clear()
+            self._push.process.terminate()
+            self._push.process.wait()
+            logger.info("the push of round %d was broken off", self._push.round)
+            self._clear()
+
+    def _launched(self, round: int, folder: Path) -> _Push:
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "iet_sd.hub.child", folder, self.repository.repo_id],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Not for the keys of our terminal.
+                start_new_session=True,
+                env=self._environment(),
+            )
+        except BaseException:
+            output.close()
+            raise
+        return _Push(round, process, output)
 
     def _environment(self) -> dict[str, str]:
         """With the token, which no command line may hold; it is no process of a launch."""
@@ -99,7 +126,8 @@ class BackgroundPush:
         }
 
     def _clear(self) -> None:
-        if self._output is not None:
-            self._output.close()
-        self._process = self._output = None
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """When nobody reads the folder any more."""
+        if self._push is not None:
+            self._push.close()
+        self._push = None
+        shutil.rmtree(self.output_dir / PENDING, ignore_errors=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from huggingface_hub import constants
@@ -21,6 +22,7 @@ from iet_sd.hub.push import Repository
 from tests.cli.pushing import COMMIT, KOHYA, LORA, UNET, nowhere
 from tests.compare import equal
 from tests.hub_server import TOKEN
+from tests.launching import ROOT
 
 LOAD = """
 import sys, numpy
@@ -46,7 +48,7 @@ def waited_for(monkeypatch):
 
     def start_and_wait(self, round, save):
         start(self, round, save)
-        assert self._process.wait(120) == 0
+        assert self._push.process.wait(120) == 0
 
     monkeypatch.setattr(BackgroundPush, "start", start_and_wait)
 
@@ -232,11 +234,11 @@ def test_the_background_is_not_waited_for_and_its_failure_is_a_warning(hub, tmp_
     began = time.perf_counter()
     push.close()
     assert time.perf_counter() - began < 1
-    assert not push.folder.exists()
+    assert not (tmp_path / ".hub").exists()
 
     hub.faults = {COMMIT: 403}
     start(2)
-    assert push._process.wait(60) == 1
+    assert push._push.process.wait(60) == 1
     assert push.is_free()
     assert hub.commits["me/cats"] == [{}]
     assert (
@@ -245,7 +247,44 @@ def test_the_background_is_not_waited_for_and_its_failure_is_a_warning(hub, tmp_
     )
     assert f"later: python -m iet_sd push {tmp_path} --hub_model_id me/cats" in caplog.text
     assert TOKEN not in caplog.text
-    assert not push.folder.exists()
+    assert not (tmp_path / ".hub").exists()
+
+
+PUSHING = """
+import sys, time
+from pathlib import Path
+from iet_sd.hub.background import BackgroundPush
+from iet_sd.hub.push import Repository
+push = BackgroundPush(Repository("me/cats", False, sys.argv[2]), Path(sys.argv[1]))
+push.start(1, lambda folder: (folder / sys.argv[3]).write_text("weights"))
+print(push._push.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_push_ends_with_its_run_and_the_next_begins_without_its_folder(
+    hub, tmp_path, monkeypatch
+):
+    """After kill -9 too: else it would commit a round over what the next run pushes."""
+    hub.commits["me/cats"], hub.private["me/cats"] = [{}], False
+    hub.faults = {"/preupload/": "hold"}
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, "-c", PUSHING, str(tmp_path), TOKEN, LORA]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        child = psutil.Process(int(run.stdout.readline()))
+        while not any("/preupload/" in request for request in hub.requests):
+            time.sleep(0.01)
+        run.kill()
+    end = time.monotonic() + 20
+    # Where nobody asks for its exit status, what has ended stays as a zombie.
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    hub.held.set()
+    assert list((tmp_path / ".hub").glob("round-1-*"))
+    BackgroundPush(Repository("me/cats", False, TOKEN), tmp_path)
+    assert not (tmp_path / ".hub").exists()
+    assert hub.commits["me/cats"] == [{}]
 
 
 def test_a_round_whose_push_cannot_start_is_trained_and_kept(
