@@ -14,7 +14,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-USER, TOKEN = "me", "hf_this0token0is0secret"
+USER, ORGANIZATION, TOKEN = "me", "us", "hf_this0token0is0secret"
+OWNERS = (f"{USER}/", f"{ORGANIZATION}/")
 
 
 class Hub:
@@ -140,14 +141,17 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self, _):
         if not self._knows_me():
             return self._may_not()
-        self._json({"name": USER, "type": "user", "orgs": []})
+        role = "write" if self.hub.may_write else "read"
+        auth = {"type": "access_token", "accessToken": {"displayName": "test", "role": role}}
+        orgs = [{"type": "org", "name": ORGANIZATION, "roleInOrg": "write"}]
+        self._json({"name": USER, "type": "user", "orgs": orgs, "auth": auth})
 
     def create(self, body):
         wanted = json.loads(body)
         repo = f"{wanted.get('organization') or USER}/{wanted['name']}"
         if not self._knows_me():
             return self._may_not()
-        if not repo.startswith(f"{USER}/") or not self.hub.may_write:
+        if not repo.startswith(OWNERS) or not self.hub.may_write:
             return self._may_not(403)
         answer = {"url": f"{self.hub.url}/{repo}", "name": repo}
         if repo in self.hub.commits:
@@ -160,7 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def auth_check(self, _, repo):
         if self._finds(repo):
-            ok = self._knows_me() and self.hub.may_write and repo.startswith(f"{USER}/")
+            ok = self._knows_me() and self.hub.may_write and repo.startswith(OWNERS)
             self._json({"ok": True}) if ok else self._may_not(403)
 
     def validate_yaml(self, _):

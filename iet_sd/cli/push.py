@@ -1,7 +1,8 @@
 """``python -m iet_sd push``, and what training does of it: the result of a run to the Hub."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,8 @@ def _push(argv: Sequence[str]) -> None:
 
     folder = Path(settings.result.folder).expanduser()
     contents(folder, "")  # before anything is made on the Hub
-    repository = push.open_repository(settings.hub, folder)
+    repository = push.check_repository(settings.hub, folder)
+    push.make_repository(repository)
     print(push.push(folder, repository, "Result of training with iet_sd"))
 
 
@@ -55,7 +57,7 @@ def hide_from_trackers(token: str | None) -> None:
         sys.argv[:] = [argument.replace(token, "***") for argument in sys.argv]
 
 
-def open_repository(config: Config, process_index: int, num_processes: int) -> "Repository | None":
+def check_repository(config: Config, process_index: int, num_processes: int) -> "Repository | None":
     """Where the result of a run is to be pushed, on the main process; before weights are loaded.
 
     None if nowhere. All processes take part. Errors: `UserError`, also for what the Hub refuses.
@@ -66,21 +68,48 @@ def open_repository(config: Config, process_index: int, num_processes: int) -> "
     from iet_sd.hub import push
 
     output_dir = Path(config.training.output_dir)
-    opened = []  # kept from the answer to other processes, since it has the token
+    checked = []  # kept from the answer to other processes, since it has the token
 
-    def open_it() -> None:
-        try:
-            opened.append(push.open_repository(config.hub, output_dir))
-        except PushFailed as error:
-            hub = config.hub
-            later = push.push_arguments(output_dir, hub.hub_model_id, hub.hub_private)
-            raise UserError(
-                f"--push_to_hub: {error} Or train without it, and push later by "
-                f"{push.in_shell(later)}"
-            ) from error
+    def check() -> None:
+        with _before_training(config):
+            checked.append(push.check_repository(config.hub, output_dir))
 
-    from_main(open_it, process_index, num_processes)
-    return opened[0] if opened else None
+    from_main(check, process_index, num_processes)
+    return checked[0] if checked else None
+
+
+def make_repository(
+    config: Config, repository: "Repository | None", process_index: int, num_processes: int
+) -> None:
+    """Make it, when all else is ready, so that a mistake leaves no empty repository behind.
+
+    ``repository`` and errors: as `check_repository`.
+    """
+    if not config.push.push_to_hub:
+        return
+    from iet_sd.engine.collectives import from_main
+    from iet_sd.hub import push
+
+    def make() -> None:
+        with _before_training(config):
+            push.make_repository(repository)
+
+    from_main(make, process_index, num_processes)
+
+
+@contextmanager
+def _before_training(config: Config) -> Iterator[None]:
+    """What the Hub refuses, as a `UserError` that says how to train without it."""
+    try:
+        yield
+    except PushFailed as error:
+        from iet_sd.hub import push
+
+        hub = config.hub
+        later = push.push_arguments(config.training.output_dir, hub.hub_model_id, hub.hub_private)
+        raise UserError(
+            f"--push_to_hub: {error} Or train without it, and push later by {push.in_shell(later)}"
+        ) from error
 
 
 def push_result(output_dir: Path, repository: "Repository", signals: Signals) -> None:

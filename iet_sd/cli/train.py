@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from iet_sd.arguments import load
 from iet_sd.cli.common import make_accelerator, status_of
-from iet_sd.cli.push import hide_from_trackers, open_repository, push_result
+from iet_sd.cli.push import check_repository, hide_from_trackers, make_repository, push_result
 from iet_sd.config import Config
 from iet_sd.engine.stopping import Signals
 from iet_sd.errors import UserError
@@ -83,7 +83,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     processes = accelerator.process_index, accelerator.num_processes
     from_main(lambda: take_output_dir(config, at_end), *processes)
     found = from_main(lambda: open_checkpoint(config), *processes)
-    repository = open_repository(config, *processes)
+    repository = check_repository(config, *processes)
     seed = config.training.seed
     if seed is None and found:
         seed = found.identity["seed"]
@@ -229,6 +229,7 @@ def _run(
         num_processes=accelerator.num_processes,
     )
     output_dir = Path(training.output_dir)
+    make_repository(config, repository, *processes)
     with open_store(training.proxy_store, output_dir, *processes) as store:
         state = trainer.start(shard_of_N, store)
         checkpointer = Checkpointer(training, trainer, state, shared, signals)

@@ -1,6 +1,6 @@
 """``python -m iet_sd.hub.child FOLDER REPOSITORY``: push a round for training, and end with it.
 
-Training has opened the repository; the token is in HF_TOKEN. Says the outcome on its last line.
+Training has made the repository; the token is in HF_TOKEN. Says the outcome on its last line.
 """
 
 import os

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import (
@@ -18,6 +19,7 @@ from huggingface_hub.errors import (
     HTTPError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
+    RepositoryNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 
@@ -31,11 +33,13 @@ _STATUS = {
     404: "there is no such repository, or the token may not see it",
     429: "the Hub has had too many requests from you",
 }
+_OF_RIGHTS = {**_STATUS, 403: _MAY_NOT}
+"""Where rights are asked for; a 403 of a commit may be of storage or content, and the Hub says."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository that was there, and could be written to, when it was opened."""
+    """A repository that could be written to, or made, when that was checked."""
 
     repo_id: str
     private: bool
@@ -57,8 +61,8 @@ def in_shell(arguments: list[str]) -> str:
     return shlex.join(["python", *arguments])
 
 
-def open_repository(config: HubConfig, folder: Path) -> Repository:
-    """Find out whether a result may be pushed, and make the repository if it isn't there yet.
+def check_repository(config: HubConfig, folder: Path) -> Repository:
+    """Find out whether a result may be pushed, as far as can be told without making anything.
 
     Its name is that of ``folder`` unless the settings say another.
     Errors: `UserError` for a bad name; `PushFailed` for what the Hub refuses, or is not there for.
@@ -71,23 +75,51 @@ def open_repository(config: HubConfig, folder: Path) -> Repository:
             f"{name!r} is no name for a repository on the Hub: {error} Give another by "
             "--hub_model_id, as name or user/name."
         ) from error
-    with _told(name, config.hub_token, {**_STATUS, 403: _MAY_NOT}):
+    with _told(name, config.hub_token, _OF_RIGHTS):
         token = (config.hub_token or get_token() or "").strip()
         if not token:
             raise LocalTokenNotFoundError
         if not (token.isascii() and token.isprintable()):
             raise UserError("The token for the Hub has characters that none has: copy it again.")
         api = HfApi(token=token)
-        user = api.whoami()["name"]
-        repo_id = name if "/" in name else f"{user}/{name}"
-        api.create_repo(repo_id, private=config.hub_private or None, exist_ok=True)
-        api.auth_check(repo_id, write=True)
-        if config.hub_private and not api.model_info(repo_id).private:
-            raise UserError(
-                f"{repo_id} is public, and --hub_private was given, here or to the run. Make it "
-                "private on its page on the Hub, or give another --hub_model_id."
-            )
-    return Repository(repo_id, config.hub_private, token)
+        user = api.whoami()
+        repo_id = name if "/" in name else f"{user['name']}/{name}"
+        repository = Repository(repo_id, config.hub_private, token)
+        try:
+            _check_there(api, repository)
+        except RepositoryNotFoundError:
+            _check_may_make(repo_id, user)
+    return repository
+
+
+def make_repository(repository: Repository) -> None:
+    """Make the repository if it isn't there yet. Errors: as `check_repository`."""
+    with _told(repository.repo_id, repository.token, _OF_RIGHTS):
+        api = HfApi(token=repository.token)
+        api.create_repo(repository.repo_id, private=repository.private or None, exist_ok=True)
+        _check_there(api, repository)
+
+
+def _check_there(api: HfApi, repository: Repository) -> None:
+    """Errors: `RepositoryNotFoundError`; else for one that we may not write, or all may read."""
+    api.auth_check(repository.repo_id, write=True)
+    if repository.private and not api.model_info(repository.repo_id).private:
+        raise UserError(
+            f"{repository.repo_id} is public, and --hub_private was given, here or to the run. "
+            "Make it private on its page on the Hub, or give another --hub_model_id."
+        )
+
+
+def _check_may_make(repo_id: str, user: Mapping[str, Any]) -> None:
+    """Whether the name can be ours, by what the Hub says of the ``user``; the rest it says later.
+
+    Errors: `PushFailed`.
+    """
+    owner = repo_id.partition("/")[0].lower()
+    owners = [user["name"], *(organization["name"] for organization in user.get("orgs") or [])]
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
+    if role == "read" or owner not in [name.lower() for name in owners]:
+        raise PushFailed(f"{repo_id} on the Hub: {_MAY_NOT}.")
 
 
 def push(folder: Path, repository: Repository, message: str) -> str:
@@ -96,7 +128,7 @@ def push(folder: Path, repository: Repository, message: str) -> str:
     Errors: `UserError` of `contents`; `PushFailed`, whatever goes wrong on the way.
     """
     files = contents(folder, repository.repo_id)
-    with _told(repository.repo_id, repository.token):
+    with _told(repository.repo_id, repository.token, _STATUS):
         api = HfApi(token=repository.token)
         there = api.list_repo_files(repository.repo_id)
         stale = [name for name in there if may_be_ours(name) and name not in files]
@@ -111,15 +143,14 @@ def push(folder: Path, repository: Repository, message: str) -> str:
 
 
 @contextmanager
-def _told(name: str, token: str | None, meanings: Mapping[int, str] = _STATUS) -> Iterator[None]:
+def _told(name: str, token: str | None, meanings: Mapping[int, str]) -> Iterator[None]:
     """Whatever the Hub's client raises, as a `PushFailed` of one line, without the token.
 
-    ``meanings``: of the Hub's statuses. One of 403 is a matter of rights where these are asked
-    for; of a commit it may be of storage or of content, and the Hub says which.
+    ``meanings``: of the Hub's statuses.
     """
     try:
         yield
-    except UserError:
+    except (UserError, PushFailed):
         raise
     except Exception as error:  # it raises anything: also of its own, of the network's, of Rust's
         reason = _reason(error, meanings)

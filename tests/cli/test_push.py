@@ -208,8 +208,15 @@ def test_private_means_private(hub, result, capsys):
 def test_a_token_that_may_only_read_is_found_out_before_training(hub, result, capsys):
     assert main(flags(result[0])) == 0
     hub.may_write = False
-    assert main(flags(result[0])) == 1
-    assert "the token may not write there" in capsys.readouterr().err
+    for name in ("me/cats", "me/others"):
+        assert main(flags(result[0], hub_model_id=name)) == 1
+        assert f"{name} on the Hub: the token may not write there" in capsys.readouterr().err
+    assert hub.requests.count("POST /api/repos/create") == 1
+
+
+def test_a_repository_of_an_organization(hub, result):
+    assert main(flags(result[0], hub_model_id="us/cats")) == 0
+    assert set(hub.commits) == {"us/cats"}
 
 
 def test_an_evaluation_goes_into_the_card_and_with_it_to_the_hub(

@@ -162,6 +162,35 @@ def test_a_result_is_said_to_be_whole_when_a_text_beside_it_keeps_it_from_the_hu
     assert LORA in hub.files("me/lora")
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"train_data_dir": "absent"},
+        {"pretrained_model_name_or_path": "me/absent"},
+        {"lora_target_modules": "absent"},
+    ],
+    ids=lambda mistake: next(iter(mistake)),
+)
+def test_a_mistake_leaves_no_empty_repository(mistake, hub, argv, capsys):
+    given = {"train_mode": "lora", "hub_model_id": "me/cats", "hub_token": TOKEN}
+    assert train([*argv(**given | mistake), "--push_to_hub"]) == 2
+    assert "absent" in capsys.readouterr().err
+    assert any("auth-check" in request for request in hub.requests)
+    assert not hub.commits
+
+
+def test_a_repository_that_cannot_be_made_is_said_before_a_step_of_training(
+    hub, argv, tmp_path, capsys
+):
+    hub.faults = {"POST /api/repos/create": 403}
+    given = {"train_mode": "lora", "hub_model_id": "me/cats", "hub_token": TOKEN}
+    assert train([*argv(**given), "--push_to_hub"]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "--push_to_hub: me/cats on the Hub: the token may not write there" in told
+    assert f"Or train without it, and push later by python -m iet_sd push {tmp_path}" in told
+    assert not list((tmp_path / "output").glob("[!.]*"))
+
+
 def test_training_does_not_begin_if_it_could_not_be_pushed(
     hub, argv, tmp_path, capsys, monkeypatch
 ):
