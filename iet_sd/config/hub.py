@@ -14,11 +14,11 @@ class HubConfig:
     """The repository on the Hub."""
 
     hub_model_id: str | None = None
-    """Repository, as name or user/name. Default: what training was told; else the name of the
-    folder, under your user."""
+    """Repository, as name or user/name. Default: the name of the folder, under your user; for push,
+    that of the run."""
     hub_private: bool = False
-    """Make the repository private; refuse one that is public already. Default: as training was
-    told."""
+    """Make the repository private; refuse one that is public already. Default for push: as the run
+    was told."""
     hub_token: str | None = field(default=None, repr=False)
     """Token with write access. Better not given here, as launchers repeat the command line of a run
     that fails. Default: that of HF_TOKEN or `hf auth login`."""
