@@ -38,15 +38,14 @@ def _as_trained(values: dict[str, Any]) -> dict[str, Any]:
 
     Else ``DIR/best`` would take the place of DIR on the Hub, or of the best of another run.
     """
-    folder = Path(values["folder"]).expanduser().resolve()
-    inner = folder.name in BESIDE and (folder.parent / SETTINGS).is_file()
-    run = folder.parent if inner else folder
+    run, suffix = Path(values["folder"]).expanduser().resolve(), ""
+    while run.name in BESIDE and (run.parent / SETTINGS).is_file():  # best has its own merged
+        run, suffix = run.parent, f"-{run.name}{suffix}"
     if not (run / SETTINGS).is_file():
         return {}
     trained = read_yaml(run / SETTINGS, Config, "settings of the result")
-    name = trained.get("hub_model_id") or run.name
     return {
-        "hub_model_id": f"{name}-{folder.name}" if inner else name,
+        "hub_model_id": f"{trained.get('hub_model_id') or run.name}{suffix}",
         "hub_private": trained.get("hub_private", False),
     }
 

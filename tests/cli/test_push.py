@@ -94,16 +94,17 @@ def test_a_run_is_pushed_by_its_own_name_and_as_private_as_it_said(hub, result):
 
 def test_other_results_of_a_run_have_names_of_their_own(hub, result):
     folder, _ = result
-    for name in hub_contents.BESIDE:
+    inner = {"best": "-best", "merged": "-merged", "best/merged": "-best-merged"}
+    for name in inner:
         (folder / name).mkdir(exist_ok=True)
         (folder / name / LORA).write_text("weights")
     of_run(folder / "best", hub_model_id="me/secret")
     for model, name in ((None, "me/result"), ("me/secret", "me/secret")):
         of_run(folder, hub_private=True, hub_model_id=model)
-        for inner in hub_contents.BESIDE:
-            assert main(flags(folder / inner, hub_model_id=None)) == 0
-            assert hub.private[f"{name}-{inner}"]
-    assert len(hub.commits) == 4
+        for path, suffix in inner.items():
+            assert main(flags(folder / path, hub_model_id=None)) == 0
+            assert hub.private[f"{name}{suffix}"]
+    assert len(hub.commits) == 6
     # Not within a run: as any other.
     (folder / "training_config.yaml").unlink()
     assert main(flags(folder / "merged", hub_model_id=None)) == 0
