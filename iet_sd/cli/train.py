@@ -61,7 +61,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.engine.identity import identity
     from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
-    from iet_sd.models.finding import check_model
+    from iet_sd.models.finding import check_model, find_folder
     from iet_sd.models.speed import check_compile
 
     hide_from_trackers(config.hub.hub_token)
@@ -84,6 +84,8 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from_main(lambda: take_output_dir(config, at_end), *processes)
     found = from_main(lambda: open_checkpoint(config), *processes)
     repository = check_repository(config, *processes)
+    # All but its weights, before the data are loaded: that takes longer than to know its name.
+    from_main(lambda: find_folder(config.model, config.data.cache_dir, weights=False), *processes)
     seed = config.training.seed
     if seed is None and found:
         seed = found.identity["seed"]

@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import HfApi
 
+from iet_sd.cli.train import train
 from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
 from iet_sd.models.finding import find_folder
@@ -108,3 +109,13 @@ def test_a_folder_here_has_no_revision(pipelines):
     config = ModelConfig(pretrained_model_name_or_path=str(pipelines["sd1"]), revision="fp16")
     with pytest.raises(UserError, match=r"--revision names a revision on the Hub, and .*folder"):
         find_folder(config, None)
+
+
+def test_a_model_that_is_not_there_is_told_before_the_data_are_loaded(
+    hub, argv, capsys, monkeypatch
+):
+    loaded = []
+    monkeypatch.setattr("iet_sd.data.sources.load_source", loaded.append)
+    assert train(argv(pretrained_model_name_or_path="me/nothing")) == 2
+    assert "me/nothing is neither a folder here nor a model on the Hub" in capsys.readouterr().err
+    assert not loaded
