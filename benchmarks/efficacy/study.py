@@ -179,7 +179,7 @@ def stricter(rate: Rate) -> Iterator[Cell]:
     for method in ("agc_taa_gentle", "agc_taa_gentle_ema"):
         for seed, setting in product(SEEDS, SETTINGS):
             yield make(rate, setting, "full", method, seed, flags=flags)
-    # Where pictures are less finished than plain's after as many updates: what twice as many give.
+    # Where KID is worse than plain's after as many updates: what twice as many give.
     yield make(rate, "twemoji", "full", method, SEEDS[0], flags=flags, times=2)
 
 
