@@ -110,7 +110,7 @@ All settings are in `{SETTINGS}`.
 ```
 {table(rounds)}
 ```
-{_advised(advice)}
+{_advised(advice, folder)}
 {_between("none", NOT_MEASURED)}
 
 ## Use
@@ -179,9 +179,10 @@ def _pictures(folder: Path, prompts: tuple[str, ...] | None, picture: str) -> st
     return f"\n![Images for the validation prompts]({picture})\n\n{rows}\n"
 
 
-def _advised(advice: str) -> str:
-    """What round to keep, and the picture that shows why."""
-    return advice and f"\n{advice}\n\n![Memorization and held-out loss by round]({FRONTIER})\n"
+def _advised(advice: str, folder: Path) -> str:
+    """What round to keep, and the picture that shows why, if there is one."""
+    picture = f"\n![Memorization and held-out loss by round]({FRONTIER})\n"
+    return advice and f"\n{advice}\n{picture if (folder / FRONTIER).is_file() else ''}"
 
 
 def _usage(model: ModelConfig, pipeline: str, own_scheduler: bool) -> str:

@@ -164,7 +164,18 @@ def _copy_others(components: Components, folder: Path, written: Collection[str])
         _copy_part(part, components, folder / part, weights=part not in written)
     _write_scheduler(components, folder / "scheduler")
     load_in_fp32(folder)
-    (folder / INDEX).write_bytes(without_origin(components.folder / INDEX))
+    _write_index(components.folder / INDEX, folder / INDEX)
+
+
+def _write_index(source: Path, target: Path) -> None:
+    """Copy the index, without parts that a pipeline of ours has not: diffusers passes them over."""
+    content = without_origin(source)
+    index = json.loads(content)
+    foreign = {name for name, entry in index.items() if isinstance(entry, list)} - set(PARTS)
+    if foreign:
+        kept = {name: entry for name, entry in index.items() if name not in foreign}
+        content = (json.dumps(kept, indent=2) + "\n").encode()
+    target.write_bytes(content)
 
 
 def _copy_part(part: str, components: Components, target: Path, weights: bool) -> None:

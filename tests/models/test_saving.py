@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from iet_sd.config import ModelConfig
+from iet_sd.hub.contents import contents
 from iet_sd.models.adapter import make_trainable
 from iet_sd.models.loading import as_pipeline, load_components
 from iet_sd.models.saving import save_result
@@ -195,6 +196,18 @@ def test_nor_a_folder_that_the_source_itself_names(folders, tmp_path, given):
     folder = tmp_path / "result" / ("merged" if given else "")
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     assert pipeline.tokenizer("a cat").input_ids == components.tokenizer("a cat").input_ids
+
+
+def test_a_part_that_no_pipeline_of_ours_has_is_not_named_by_the_result(tmp_path):
+    base = tiny_pipeline(tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "my_part").mkdir()
+    (base / "model_index.json").write_text(json.dumps(index | {"my_part": ["diffusers", "X"]}))
+    components, config = trained(base)
+    save_result(components, config, tmp_path / "result")
+    assert json.loads((tmp_path / "result" / "model_index.json").read_text()) == index
+    assert "model_index.json" in contents(tmp_path / "result", "me/cats")
+    StableDiffusionPipeline.from_pretrained(tmp_path / "result")
 
 
 def test_variant_is_read_and_the_result_has_none(folders, tmp_path):
