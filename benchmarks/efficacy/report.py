@@ -215,9 +215,10 @@ def _lowest_rates(known: Results) -> str:
         if (mode, method) in lowest and lower in known:
             chosen = known[tuning_cell(mode, method, tuned[mode, method])]
             (less, at), (least, best) = lowest_loss(known[lower]), lowest_loss(chosen)
+            excess, usual = (scalar({TUNING_SEED: r}, "excess")[-1] for r in (known[lower], chosen))
             found.append(
                 f"{method}, {WEIGHTS[mode]}: {less:.4f} after {at} updates, and not {least:.4f} "
-                f"after {best}"
+                f"after {best}, and ends with an excess of {excess:+.3f}, and not {usual:+.3f}"
             )
     text = f"In {len(lowest)} of {len(done)} groups that is the lowest rate that was tried"
     if not found:

@@ -109,7 +109,7 @@ def test_a_rate_below_the_lowest_is_told_and_not_chosen(report_of):
     assert (
         "reaches a held-out loss of plain, all weights: 0.0480 after 256 updates, and not" in text
     )
-    assert "and not 0.0500 after 256 ([more]" in text
+    assert "and not 0.0500 after 256, and ends with an excess of +0.400, and not +0.400 ([" in text
     rows = [line for line in made.page("rates").splitlines() if line.startswith("| plain | ")]
     assert [row.split(" | ")[-1] for row in rows] == ["yes |", " |", " |", NOT_CHOSEN]
     assert rows[3].startswith(f"| plain | {below:g} | 0.0480 | 256 |")
