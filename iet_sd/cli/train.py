@@ -59,9 +59,11 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
+    from iet_sd.engine.objective import check_dream
     from iet_sd.engine.optimizer import check_optimizer
     from iet_sd.models.attention import check_attention
-    from iet_sd.models.finding import check_model, find_folder
+    from iet_sd.models.finding import check_model
+    from iet_sd.models.loading import prediction_type
     from iet_sd.models.speed import check_compile
 
     hide_from_trackers(config.hub.hub_token)
@@ -84,8 +86,9 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from_main(lambda: take_output_dir(config, at_end), *processes)
     found = from_main(lambda: open_checkpoint(config), *processes)
     repository = check_repository(config, *processes)
-    # All but its weights, before the data are loaded: that takes longer than to know its name.
-    from_main(lambda: find_folder(config.model, config.data.cache_dir, weights=False), *processes)
+    # By all of the model but its weights, before the data are loaded: that takes longer.
+    predicts = from_main(lambda: prediction_type(config.model, config.data.cache_dir), *processes)
+    check_dream(config.training.dream, predicts)
     seed = config.training.seed
     if seed is None and found:
         seed = found.identity["seed"]
@@ -164,14 +167,14 @@ def _run(
     from iet_sd.engine.checkpointer import Checkpointer
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
-    from iet_sd.engine.objective import Objective, check_dream
+    from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
     from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
     from iet_sd.models.fingerprint import fingerprint
-    from iet_sd.models.loading import load_components, prediction_type
+    from iet_sd.models.loading import load_components
     from iet_sd.models.speed import place
     from iet_sd.probing import Prober, load_embedder
     from iet_sd.reporting import Reporter
@@ -181,7 +184,6 @@ def _run(
     # Before an earlier run makes way: it may have to be downloaded.
     embedder = load_embedder(config, accelerator.is_main_process, device)
     dtype = plan.weight_dtype(training.mixed_precision)
-    check_dream(training.dream, prediction_type(config.model, config.data.cache_dir))
     components = load_components(config.model, dtype, config.data.cache_dir)
     components.latent_size(config.data.resolution)
     parameters = make_trainable(components, config.model, seed_for(training.seed, "adapter"))
