@@ -13,7 +13,7 @@ from benchmarks.efficacy.analysis import best_reading, verdict
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.glance import GOAL, budget_table, equal_quality_table, less_by
 from benchmarks.efficacy.parts import Finding, numbers_table
-from benchmarks.efficacy.places import Methods, Place, Results, age, lowest_loss
+from benchmarks.efficacy.places import Methods, Place, Results, age
 from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import SHOWN_SEED, Result, closest
 from benchmarks.efficacy.study import LOWER_RATES, RATES, TUNING_SEED, WEIGHTS, tuning_cell
@@ -224,7 +224,8 @@ def rates_page(known: Results, pictures: Path) -> str:
             cell = tuning_cell(*of, rate)
             if of[0] != mode or cell not in known:
                 continue
-            loss, updates = lowest_loss(known[cell])
+            loss, best = files.lowest_loss(known[cell])
+            updates = known[cell].column("updates")[best]
             chosen = "yes" if files.tuned_rate(known, *of) == rate else ""
             word = chosen if rate in RATES[of] else "tried since, not chosen from"
             rows.append([of[1], f"{rate:g}", f"{loss:.4f}", str(updates), word])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from benchmarks.efficacy import results as files
-from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, best_reading, compare
+from benchmarks.efficacy.analysis import AtBudget, Comparison, at_budget, compare
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.results import Result
 from benchmarks.efficacy.study import DEFAULT_RATE, SEEDS, SETTINGS, WEIGHTS, Cell, tuned_as
@@ -93,14 +93,6 @@ def places(known: Results) -> list[Place]:
 def rate_of(known: Results, mode: str, method: str) -> float:
     """The tuned rate, or the default until it is known."""
     return files.tuned_rate(known, mode, method) or DEFAULT_RATE[mode, method]
-
-
-def lowest_loss(result: Result) -> tuple[float, int]:
-    """The lowest held-out loss of any reading, and after how many updates."""
-    runs = {result.cell.seed: result}
-    loss_R = scalar(runs, "heldout_loss")
-    best = best_reading(loss_R)
-    return float(loss_R[best]), int(scalar(runs, "updates")[best])
 
 
 def by_method(known: Results, setting: str, mode: str) -> Methods:

@@ -19,7 +19,7 @@ from benchmarks.efficacy.pages import (
     rates_page,
 )
 from benchmarks.efficacy.parts import Finding, findings, parts_table
-from benchmarks.efficacy.places import Place, Results, lowest_loss, places, rate_of
+from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
 from benchmarks.efficacy.skipped import Skips, known_skips, skipped_table
@@ -211,11 +211,9 @@ def _lowest_rates(known: Results) -> str:
     lowest = [key for key in done if tuned[key] == min(RATES[key])]
     found = []
     for (mode, method), rate in LOWER_RATES.items():
-        lower = tuning_cell(mode, method, rate)
-        if (mode, method) in lowest and lower in known:
-            chosen = known[tuning_cell(mode, method, tuned[mode, method])]
-            (less, at), (least, best) = lowest_loss(known[lower]), lowest_loss(chosen)
-            excess, usual = (scalar({TUNING_SEED: r}, "excess")[-1] for r in (known[lower], chosen))
+        if (mode, method) in lowest and (lower := tuning_cell(mode, method, rate)) in known:
+            chosen = tuning_cell(mode, method, tuned[mode, method])
+            (less, at, excess), (least, best, usual) = (_told(known[c]) for c in (lower, chosen))
             found.append(
                 f"{method}, {WEIGHTS[mode]}: {less:.4f} after {at} updates, and not {least:.4f} "
                 f"after {best}, and ends with an excess of {excess:+.3f}, and not {usual:+.3f}"
@@ -227,6 +225,13 @@ def _lowest_rates(known: Results) -> str:
         f"{text}; half of it, tried since and not chosen from, reaches a held-out loss of "
         f"{'; '.join(found)} ([more](tables/rates.md))."
     )
+
+
+def _told(result: Result) -> tuple[float, int, float]:
+    """Lowest held-out loss, after how many updates that was, and excess at the end."""
+    loss, best = files.lowest_loss(result)
+    excess_R = scalar({result.cell.seed: result}, "excess")
+    return loss, result.column("updates")[best], excess_R[-1]
 
 
 def _left(known: Results, protocol: Protocol) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.efficacy.analysis import best_reading
 from benchmarks.efficacy.cell import flags_of
 from benchmarks.efficacy.methods import BEFORE
 from benchmarks.efficacy.protocol import Protocol
@@ -143,8 +144,14 @@ def tuned_rate(results: Mapping[Cell, Result], mode: str, method: str) -> float 
     cells = tuning(mode, method)
     if not set(cells) <= set(results):
         return None
-    lowest = [results[cell].column("heldout_loss").mean(axis=1)[1:].min() for cell in cells]
-    return cells[int(np.argmin(lowest))].learning_rate
+    return min(cells, key=lambda cell: lowest_loss(results[cell])[0]).learning_rate
+
+
+def lowest_loss(result: Result) -> tuple[float, int]:
+    """The lowest held-out loss since training began, and its reading."""
+    loss_R = result.column("heldout_loss").mean(axis=1)
+    best = best_reading(loss_R)
+    return float(loss_R[best]), best
 
 
 def _as_json(value: Any) -> Any:
