@@ -1,5 +1,6 @@
 """Line charts by Pillow: curves of one study in one frame, a dot a reading."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from iet_sd.evaluation.drawing import Axis, Sheet
 
 _WIDTH, _HEIGHT = 960, 560
+_NAME = 13  # size of the lines' names
 _ROOM = 0.06  # beyond the dots, a share of their range
 _LEFT, _TOP, _RIGHT, _BOTTOM = 84, 96, 330, 64
 _INK, _PALE, _GRID = "#1f2933", "#7b8794", "#e6eaee"
@@ -30,9 +32,14 @@ class Line:
 def draw_lines(
     lines: Sequence[Line], title: str, x_title: str, y_title: str, note: str = ""
 ) -> Image.Image:
-    """Curves whose points are joined in order; the first point, common to all, is hollow."""
-    sheet = Sheet(_WIDTH, _HEIGHT)
+    """Curves whose points are joined in order; the first point, common to all, is hollow.
+
+    The page is wider where a name would not fit on it.
+    """
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
+    font = ImageFont.load_default(_NAME)
+    names_end = right + 46 + max(font.getlength(line.name) for line in lines)
+    sheet = Sheet(max(_WIDTH, math.ceil(names_end) + 8), _HEIGHT)
     across = Axis.over([x for line in lines for x in line.x_R], _LEFT, right, _ROOM)
     up = Axis.over([y for line in lines for y in line.y_R], bottom, _TOP, _ROOM)
     for value, text in across.ticks():
@@ -58,7 +65,7 @@ def draw_lines(
         y = _TOP + 8 + 22 * number
         sheet.line([(right + 16, y), (right + 38, y)], color, 2.4 if number == 0 else 1.6)
         sheet.dot((right + 27, y), 4, color, hollow=False)
-        sheet.text((right + 46, y), line.name, _INK, 13, "lm")
+        sheet.text((right + 46, y), line.name, _INK, _NAME, "lm")
     return sheet.finished()
 
 
