@@ -67,11 +67,11 @@ def test_a_cell_has_a_row_a_reading_and_counts_up_to_it(duplicated, protocol):
     scored, skipped, trained = (result.column(n) for n in ("scored", "skipped", "trained"))
     assert (scored == skipped + trained).all()
     assert scored[-1] > 0
-    for name in ("similarity_pixels", "own_similarity_edges", "l2_ratio", "train_loss"):
+    for name in ("similarity_pixels", "own_similarity_edges", "l2_ratio", "frechet_edges"):
         values = result.column(name)
         assert values.shape == (3, protocol.prompts)
         assert np.isfinite(values).all()
-    for name in ("heldout_loss", "kid_unseen_pixels", "kid_unseen_edges", "misfit_edges"):
+    for name in ("heldout_loss", "kid_unseen_pixels", "frechet_unseen_edges", "misfit_edges"):
         assert result.column(name).shape == (3, protocol.samples)
         assert np.isfinite(result.column(name)).all()
     assert (

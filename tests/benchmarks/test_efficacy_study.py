@@ -16,11 +16,12 @@ from benchmarks.efficacy.edges import edges
 from benchmarks.efficacy.encoding import encode_each_once
 from benchmarks.efficacy.methods import METHODS
 from benchmarks.efficacy.protocol import Protocol
-from benchmarks.efficacy.readings import Compared, kid_of_each
+from benchmarks.efficacy.readings import Compared, frechet_of_each, kid_of_each
 from benchmarks.efficacy.study import DEFAULT_RATE, TUNING_SEED, Cell
 from iet_sd import arguments
 from iet_sd.evaluation.closeness import unit
 from iet_sd.evaluation.kid import kid_interval
+from iet_sd.evaluation.quality import frechet_distance
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
@@ -119,6 +120,24 @@ def test_what_each_picture_adds_to_kid_has_its_mean_and_its_spread():
     assert np.corrcoef(-np.array(without), each[::4])[0, 1] > 0.999
 
 
+def test_what_each_picture_adds_to_the_frechet_distance_has_its_mean_and_its_spread():
+    rng = np.random.default_rng(0)
+    scale = np.linspace(2, 0.1, 60)
+
+    def drawn(count, shift):
+        return rng.standard_normal((count, 60)) * scale + shift
+
+    gen, real = drawn(40, 0.3), drawn(50, 0.1)
+    each = frechet_of_each(gen, real)
+    assert each.mean() == pytest.approx(frechet_distance(unit(gen), unit(real)), rel=1e-5)
+    without = [frechet_distance(unit(np.delete(gen, p, 0)), unit(real)) for p in range(len(gen))]
+    assert each - each.mean() == pytest.approx(39 * (np.mean(without) - without), abs=2e-4)
+    # The same spread as that of distances of pictures drawn anew.
+    again = [frechet_of_each(drawn(40, 0.3), real).mean() for _ in range(100)]
+    assert each.std() / np.sqrt(40) == pytest.approx(np.std(again), rel=0.3)
+    assert frechet_of_each(real, real).mean() == pytest.approx(0, abs=1e-6)
+
+
 def test_a_picture_that_is_its_captions_image_fits_and_another_one_does_not():
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(5)]
@@ -127,9 +146,9 @@ def test_a_picture_that_is_its_captions_image_fits_and_another_one_does_not():
         return np.stack([np.asarray(p, np.float32).ravel() - 128 for p in pictures])
 
     compared = Compared(features, np.empty((0, 192)), features(images), np.empty(0), np.empty(0))
-    own_U = np.array([3, 0])
+    own_U = np.array([3, 0, 4])
     cosine_HH = 1 - squareform(pdist(features(images), "cosine"))
-    for drawn in ((3, 0), (1, 2)):
+    for drawn in ((3, 0, 4), (1, 2, 0)):
         pictures = [images[h] for h in drawn]
         found = compared.measure_unseen(pictures, own_U)
         for misfit, own, h in zip(found["misfit"], own_U, drawn, strict=True):
@@ -139,3 +158,5 @@ def test_a_picture_that_is_its_captions_image_fits_and_another_one_does_not():
         assert ((found["misfit"] < -0.8) == fits).all()
         naive = kid_of_each(features(pictures), features(images))
         assert np.allclose(found["kid_unseen"], naive)
+        naive = frechet_of_each(features(pictures), features(images))
+        assert np.allclose(found["frechet_unseen"], naive)
