@@ -16,7 +16,14 @@ from benchmarks.efficacy.parts import Finding, numbers_table
 from benchmarks.efficacy.places import Methods, Place, Results, age
 from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import SHOWN_SEED, Result, closest
-from benchmarks.efficacy.study import LOWER_RATES, RATES, TUNING_SEED, WEIGHTS, tuning_cell
+from benchmarks.efficacy.study import (
+    AT_LOWER_RATE,
+    LOWER_RATES,
+    RATES,
+    TUNING_SEED,
+    WEIGHTS,
+    tuning_cell,
+)
 from benchmarks.efficacy.tables import (
     BUDGETS,
     HEADLINE,
@@ -236,7 +243,21 @@ def rates_page(known: Results, pictures: Path) -> str:
             parts.append(_tuning_comparison(known, mode, methods))
             parts += ["At the end of training:\n"]
             parts += [readings_table(methods, lambda loss_R: len(loss_R) - 1, base=True)]
+    if place := lower_rate_place(known):
+        parts.append(
+            f"## {AT_LOWER_RATE.label} and plain, both at {AT_LOWER_RATE.learning_rate:g}\n"
+        )
+        parts += [_in_words(place), *_compared(place, "###")]
     return "\n".join(parts)
+
+
+def lower_rate_place(known: Results) -> Place | None:
+    """`AT_LOWER_RATE` and plain at its rate, if both are there."""
+    plain = tuning_cell("full", "plain", AT_LOWER_RATE.learning_rate)
+    if not {plain, AT_LOWER_RATE} <= set(known):
+        return None
+    others = {AT_LOWER_RATE.label: {TUNING_SEED: known[AT_LOWER_RATE]}}
+    return Place("fluent", "full", {TUNING_SEED: known[plain]}, others)
 
 
 def _tuning_comparison(known: Results, mode: str, methods: Methods) -> str:

@@ -74,6 +74,11 @@ class Place:
             self._spent[key] = at_budget(*curves, spent)
         return self._spent[key]
 
+    def having(self, name: str) -> "Place":
+        """The runs of which a number of each image is known: readings have come to say more."""
+        others = {label: having(runs, name) for label, runs in self.others.items()}
+        return Place(self.setting, self.mode, having(self.plain, name), others)
+
     def seeds(self, label: str, quality: str = "heldout_loss") -> list[int]:
         """Those of which a method's and plain's quality are known."""
         return sorted(set(having(self.plain, quality)) & set(having(self.others[label], quality)))

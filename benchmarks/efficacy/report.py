@@ -8,11 +8,13 @@ import numpy as np
 from benchmarks.efficacy import results as files
 from benchmarks.efficacy.answers import answers, best
 from benchmarks.efficacy.cell import FINER
+from benchmarks.efficacy.frechet import frechet_table, known_frechet
 from benchmarks.efficacy.glance import GOAL, Goal, goal_table, goals, lines
 from benchmarks.efficacy.pages import (
     PICTURES,
     closest_pairs,
     comparisons_page,
+    lower_rate_place,
     main_picture,
     parts_page,
     place_page,
@@ -24,6 +26,7 @@ from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
 from benchmarks.efficacy.skipped import Skips, known_skips, skipped_table
 from benchmarks.efficacy.study import (
+    AT_LOWER_RATE,
     LOWER_RATES,
     RATES,
     SEEDS,
@@ -33,7 +36,7 @@ from benchmarks.efficacy.study import (
     tuning_cell,
 )
 from benchmarks.efficacy.study import cells as cells_of
-from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, scalar
+from benchmarks.efficacy.tables import MEAN_OF_LEVELS, as_table, interval, scalar
 from benchmarks.efficacy.unseen import Unseen, course_table, difference_table, known_unseen
 
 PAGES = "tables"
@@ -59,7 +62,8 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
         judged, skips, unseen = goals(compared), known_skips(compared), known_unseen(compared)
         parts += [f"## In short\n\n{answers(compared, found, skips, unseen)}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
-        parts += [_parts(found), _skipped(skips), _unseen(unseen), _all_methods(compared)]
+        parts += [_parts(found), _skipped(skips), _unseen(unseen)]
+        parts += [_frechet(known_frechet(compared)), _all_methods(compared)]
     parts += [_how(known, protocol, compared, found), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")
@@ -146,6 +150,17 @@ def _unseen(unseen: Sequence[Unseen]) -> str:
     )
 
 
+def _frechet(known: Sequence[Place]) -> str:
+    if not known:
+        return ""
+    return (
+        "## The Fréchet distance\n\nTo held-out images, of features at length 1, as two Gaussians "
+        "(FID's formula). So few pictures make it too high, as much so for each method: read "
+        "differences. Captions that were trained on, and not. Only of runs since it is read.\n\n"
+        f"{frechet_table(known)}"
+    )
+
+
 def _all_methods(compared: Sequence[Place]) -> str:
     return (
         "## All methods\n\nReductions of excess similarity against plain fine-tuning that has "
@@ -187,8 +202,8 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
   {len(found)} words on parts, {sum(each.number == 1 for each in found)} of them of one seed (those
   are not printed bold). The words are of the mean of levels, which single levels may contradict.
 - **An excess of 0 is not "nothing memorized"**: before training it is {_before(compared)}.
-- Quality is held-out loss, and KID by two embedders (pixels, and edges: `edges.py`).
-  There is no Fréchet distance, which is biased for so few pictures, and no CLIP score, as no tower
+- Quality is held-out loss, and KID by two embedders (pixels, and edges: `edges.py`); the Fréchet
+  distance, which is biased for so few pictures, of some runs. There is no CLIP score, as no tower
   comes with the repository.
 - Rates are chosen by the lowest held-out loss on seed {TUNING_SEED} of one data set, which no
   table uses but those of the rates; methods of one model have plain's. {_lowest_rates(known)}
@@ -223,7 +238,22 @@ def _lowest_rates(known: Results) -> str:
         return f"{text}, and a lower one may be better yet."
     return (
         f"{text}; half of it, tried since and not chosen from, reaches a held-out loss of "
-        f"{'; '.join(found)} ([more](tables/rates.md))."
+        f"{'; '.join(found)} ([more](tables/rates.md)).{_at_lower_rate(known)}"
+    )
+
+
+def _at_lower_rate(known: Results) -> str:
+    """What the winner adds to it."""
+    if not (place := lower_rate_place(known)):
+        return ""
+    label = AT_LOWER_RATE.label
+    end, equal = place.at_budget(label), place.compare(label)
+    less = interval(end.reduction or end.difference, "{:.0%}" if end.reduction else "{:+.3f}")
+    gain = interval(equal.area, "{:+.4f}") if equal else "never better than before training"
+    return (
+        f" At that rate `{label}` has {less} less excess than plain at equal updates and the same "
+        f"rate, a held-out loss lower by {interval(end.better, '{:+.4f}')}, and less excess at "
+        f"equal held-out loss by {gain} as a mean of levels (that seed, n = 1)."
     )
 
 

@@ -118,6 +118,13 @@ def tuning(mode: str, method: str) -> list[Cell]:
     return [tuning_cell(mode, method, rate) for rate in (middle, high, low)]
 
 
+AT_LOWER_RATE = replace(
+    tuning_cell("full", "plain", LOWER_RATES["full", "plain"]),
+    method="agc_taa_gentle_ema",
+    flags=(("agc_threshold", 0.9),),
+)
+"""What the winner adds where plain has the lower rate."""
+
 MAIN = (
     *("plain", "iet_agc_plus", "iet", "iet_agc", "iet_agc_plus_colour"),
     *("agc", "ema", "agc_taa", "iet_agc_plus_paper"),
@@ -215,6 +222,7 @@ def sweeps(rate: Rate) -> Iterator[Cell]:
     settings = (("taa_magnitude", 10.0), ("agc_threshold", 0.65), ("agc_threshold", 0.9))
     yield from (cell("agc_taa_gentle", flags=(each,)) for each in settings)
     yield from (tuning_cell(*of, rate) for of, rate in LOWER_RATES.items())
+    yield AT_LOWER_RATE
     yield cell(FULL_METHOD, times=4)
 
 

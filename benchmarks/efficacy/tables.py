@@ -30,7 +30,13 @@ UNSEEN = {
     "misfit_pixels": "misfit (pixels) to unseen captions",
 }
 """Of pictures drawn for captions of held-out images; see `readings.Compared.measure_unseen`."""
-TITLES = {"heldout_loss": "held-out loss"} | BY_PROMPT | UNSEEN
+FRECHET = {"frechet_edges": "FD (edges)", "frechet_pixels": "FD (pixels)"}
+FRECHET_UNSEEN = {
+    "frechet_unseen_edges": "FD (edges) of unseen captions",
+    "frechet_unseen_pixels": "FD (pixels) of unseen captions",
+}
+"""The Fréchet distance: of pictures for captions that were trained on, and not."""
+TITLES = {"heldout_loss": "held-out loss"} | BY_PROMPT | UNSEEN | FRECHET | FRECHET_UNSEEN
 """Measures of quality, with a number for each prompt or held-out image; lower is better."""
 
 
@@ -86,7 +92,7 @@ def curves_of(runs: Seeds, measure: str, quality: str = "heldout_loss") -> Curve
         np.stack([runs[seed].column(quality) for seed in seeds]),
         np.stack([found.of_RP(runs[seed]) for seed in seeds]),
         found.against_heldout,
-        by_prompt=quality in BY_PROMPT,
+        by_prompt=quality in BY_PROMPT | FRECHET,
         percentile=found.percentile,
     )
 
@@ -127,7 +133,6 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
     "trained": lambda r: r.column("trained"),
     "passes": lambda r: r.column("forward") + r.column("backward"),
     "compute": compute,
-    "heldout_loss": lambda r: r.column("heldout_loss").mean(axis=1),
     **{name: _mean(name) for name in MEASURES},
     "authentic": lambda r: r.column("authentic_pixels").mean(axis=1),
     "auc": lambda r: np.array(
@@ -136,7 +141,7 @@ NUMBERS: dict[str, Callable[[Result], np.ndarray]] = {
             for train, heldout in zip(r.column("train_loss"), r.column("heldout_loss"), strict=True)
         ]
     ),
-    **{name: lambda r, n=name: r.column(n).mean(axis=1) for name in BY_PROMPT | UNSEEN},
+    **{name: lambda r, n=name: r.column(n).mean(axis=1) for name in TITLES},
     "skip_rate": _share("skipped", "scored"),
     "augmented": _share("augmented", "trained"),
     "seconds": lambda r: r.column("train_seconds"),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from benchmarks.efficacy.analysis import AtBudget, Comparison, best_reading
 from benchmarks.efficacy.places import Place
 from benchmarks.efficacy.study import WEIGHTS
-from benchmarks.efficacy.tables import TITLES, UNSEEN, Seeds, as_table, having, interval, scalar
+from benchmarks.efficacy.tables import TITLES, UNSEEN, Seeds, as_table, interval, scalar
 
 TRAINED, MAIN, FIT = "kid_edges", "kid_unseen_edges", "misfit_edges"
 _SHOWN = (TRAINED, MAIN, FIT)
@@ -40,10 +40,8 @@ def known_unseen(places: Sequence[Place]) -> list[Unseen]:
     """Of all methods, as far as their readings say it."""
     found = []
     for place in places:
-        plain = having(place.plain, MAIN)
-        methods = {label: having(runs, MAIN) for label, runs in place.others.items()}
-        known = Place(place.setting, place.mode, plain, methods)
-        found += [Unseen(known, label) for label in methods if known.seeds(label)]
+        known = place.having(MAIN)
+        found += [Unseen(known, label) for label in known.paired]
     return found
 
 

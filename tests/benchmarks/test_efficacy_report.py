@@ -119,6 +119,25 @@ def test_a_rate_below_the_lowest_is_told_and_not_chosen(report_of):
     assert "In 0 of 1 groups" in report_of([*turned, at_rate(below, 0.0)]).text
 
 
+def test_what_the_winner_adds_at_the_lower_rate_is_told_if_both_are_there(report_of):
+    rates = study.RATES["full", "plain"]
+    chosen_from = [at_rate(rate, 0.001 * low) for low, rate in enumerate(rates)]
+    lower = at_rate(study.LOWER_RATES["full", "plain"], -0.002)
+    winner = replace(
+        planted(Protocol(), "agc_taa_gentle_ema", TUNING_SEED, 1, 0.5), cell=study.AT_LOWER_RATE
+    )
+    for row, plain in zip(winner.rows, lower.rows, strict=True):
+        row["heldout_loss"] = plain["heldout_loss"]
+    label = "agc_taa_gentle_ema, agc_threshold 0.9"
+    assert winner.cell.label == label
+    assert f"At that rate `{label}`" not in report_of([*chosen_from, lower]).text
+    made = report_of([*chosen_from, lower, winner])
+    told = " ".join(made.text.split())
+    assert f"At that rate `{label}` has 50% [50%, 50%] less excess than plain at equal" in told
+    assert "and the same rate, a held-out loss lower by +0.0000 [" in told
+    assert f"## {label} and plain, both at 2.5e-05" in made.page("rates")
+
+
 NOT_CHOSEN = "tried since, not chosen from |"
 
 
