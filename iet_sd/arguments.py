@@ -2,7 +2,9 @@
 
 Lowest first: a field's default, the ``--config`` file, the flags. In each of these layers
 ``method`` and ``preset`` stand for the values they name (`iet_sd.presets`), and what is written out
-beside them wins; so ``--preset paper`` also replaces a ``bank_bins`` of the file.
+beside them wins; so ``--preset paper`` also replaces a ``bank_bins`` of the file. What a file
+writes out of its own method and preset goes with these: with ``--method iet`` nothing is left of
+the one shard of a run without proxies, whose ``training_config.yaml`` says all there is.
 """
 
 import argparse
@@ -46,10 +48,7 @@ def load(
     """
     parsed, unknown = build_parser(settings, prog).parse_known_args(argv)
     if unknown:
-        # Without its value, which may be a secret.
-        flag = unknown[0].partition("=")[0]
-        close = _close_matches(flag.strip("-"), _fields(settings))
-        raise UserError(f"unknown flag {flag}.{close}")
+        raise UserError(_unknown(unknown[0], settings))
     flags = vars(parsed)
     path = flags.pop("config", None)
     layers = (read_yaml(Path(path), settings, "--config") if path else {}, flags)
@@ -66,13 +65,22 @@ def from_layers(*layers: dict[str, Any], settings: type[S] = Config) -> S:
         for one, other in (*_EXCLUSIVE, *[pair[::-1] for pair in _EXCLUSIVE]):
             if one in layer and other not in layer:
                 written.pop(other, None)
-        for name in choices.keys() & layer.keys():
+        if anew := choices.keys() & layer.keys():
+            before = stand_for(written, **chosen)
+            written = {k: v for k, v in written.items() if k not in before or before[k] != v}
+        for name in anew:
             chosen[name] = layer[name]
             # What it stands for replaces what is written out in a lower layer.
             for key in choices[name][layer[name]]:
                 written.pop(key, None)
         written |= layer
     values = (stand_for(written, **chosen) if chosen else {}) | written
+    for name, field in known.items():
+        if values.get(name) == "" != field.default:
+            raise UserError(
+                f"--{name} is empty, as where a variable of the shell is not set. Give a value, or "
+                "leave it out."
+            )
     if "pretrained_model_name_or_path" in known and "pretrained_model_name_or_path" not in values:
         raise UserError(
             "Which model? Give --pretrained_model_name_or_path, or a --config that names it."
@@ -98,7 +106,8 @@ def build_parser(
     parser.add_argument("--config", help="YAML file with defaults for the flags below")
     for cls in settings.sections().values():
         title = cls.__name__.removesuffix("Config").lower()
-        group = parser.add_argument_group(title, inspect.cleandoc(cls.__doc__ or "").split("\n")[0])
+        text = inspect.cleandoc(cls.__doc__ or "").replace("``", "")
+        group = parser.add_argument_group(title, text)
         docs, hints = field_docs(cls), typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             options = _flag_options(hints[field.name])
@@ -198,8 +207,10 @@ def _checked(key: str, value: Any, hints: dict[str, Any], whence: str) -> Any:
     if value is None and hint is not bare:
         return None
     if typing.get_origin(bare) is Literal:
-        if value is False and "no" in typing.get_args(bare):
-            value = "no"  # YAML reads a bare `no` as false
+        if isinstance(value, bool):
+            # YAML reads these words so, where they are bare.
+            words = ("on",) if value else ("no", "off")
+            value = next((word for word in words if word in typing.get_args(bare)), value)
         if value in typing.get_args(bare):
             return value
         expected = "one of " + ", ".join(typing.get_args(bare))
@@ -225,6 +236,18 @@ def _checked(key: str, value: Any, hints: dict[str, Any], whence: str) -> Any:
         ]
     got = "something else" if key in SECRETS else repr(value)
     raise UserError(f"{whence}: {key} must be {expected}; got {got}.")
+
+
+def _unknown(word: str, settings: type[Settings]) -> str:
+    """What is wrong with a word of the command line; it may be a secret, if it is no flag."""
+    if not word.startswith("-"):
+        return (
+            "a word that is the value of no flag. Flags that are on or off take none: --NAME, "
+            "--no-NAME. See --help."
+        )
+    flag = word.partition("=")[0]
+    known = [f"--{name}" for name in _fields(settings)]
+    return f"unknown flag {flag}.{_close_matches(flag, known)}"
 
 
 def _where(error: Exception) -> str:

@@ -64,8 +64,8 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which trains without memorizing
-    the training images. Start with accelerate launch.
+    """Fine-tune Stable Diffusion with IET-AGC+ (arXiv 2502.09434), which is there to memorize less
+    of the training images. Start with accelerate launch.
     """
 
     model: ModelConfig

@@ -61,7 +61,7 @@ class DataConfig:
     bucket_reso_steps: int = 64
     """Sides of --aspect_ratio_buckets auto are multiples of this, which is one of 8."""
     center_crop: bool = False
-    """Crop the centre. Default: a random place."""
+    """Crop the centre of an image, and not a random place."""
     random_flip: bool = False
     """Flip images left to right at random."""
     image_interpolation_mode: Literal[

@@ -16,7 +16,8 @@ class MethodConfig:
     """The method (IET-AGC+, arXiv 2502.09434), every rule of it a setting.
 
     ``method`` says which parts are on and ``preset`` how they are read; both only fill in values
-    of the other fields, which win when given.
+    of the other fields, which win when given beside them. Given as flags they also replace what a
+    --config file writes out. Defaults below are those of iet_agc_plus and corrected.
     """
 
     method: Literal["iet_agc_plus", "iet_agc", "agc_taa", "iet", "none"] = "iet_agc_plus"

@@ -49,6 +49,9 @@ def _lines(text):
         ("validation_prompts: a cat", "validation_prompts must be a list of texts; got 'a cat'"),
         ("validation_prompts: [a, 1]", "validation_prompts must be a list of texts"),
         ("preset: papers", "preset must be one of corrected, strict, paper; got 'papers'"),
+        ("cache: yes please", "cache must be one of auto, on, off; got 'yes please'"),
+        ("preset: on", "preset must be one of corrected, strict, paper; got True"),
+        ("output_dir: ''", "--output_dir is empty"),
         ("report_to: no", "report_to must be one of tensorboard, wandb, comet_ml, all, none"),
         ("- a list", "expected lines of `name: value`"),
         ("a: b: c", "not valid YAML"),
@@ -58,7 +61,7 @@ def test_file_that_is_wrong(loaded, text, message):
     with pytest.raises(UserError) as error:
         loaded(text)
     assert message in str(error.value)
-    assert "settings.yaml" in str(error.value)
+    assert "settings.yaml" in str(error.value) or message.startswith("--")
 
 
 def test_file_that_cannot_be_read(tmp_path):
@@ -76,6 +79,9 @@ def test_file_that_cannot_be_read(tmp_path):
         ("max_grad_norm: 2", "max_grad_norm", 2.0),
         ("mixed_precision: no", "mixed_precision", "no"),  # false to YAML
         ("mixed_precision: null", "mixed_precision", None),
+        ("cache: off", "cache", "off"),  # false and true to YAML
+        ("cache: on", "cache", "on"),
+        ("cache: 'auto'", "cache", "auto"),
         ("validation_prompts: [a cat, a dog]", "validation_prompts", ["a cat", "a dog"]),
         ("", "num_shards", 4),
     ],

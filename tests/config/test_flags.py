@@ -46,6 +46,31 @@ def test_unknown_flag_suggests_the_known_one():
         load([*FLAGS, "--agc_treshold", "0.5"])
 
 
+def test_a_flag_with_dashes_is_told_the_one_with_lines():
+    with pytest.raises(UserError, match=r"unknown flag --dry-run\. Did you mean --dry_run"):
+        load([*FLAGS, "--dry-run"])
+
+
+def test_a_word_that_belongs_to_no_flag_is_not_repeated():
+    """It may be a secret, and is often the value of a flag that takes none."""
+    with pytest.raises(UserError, match=r"value of no flag.*--no-NAME") as error:
+        load([*FLAGS, "--msr", "hf_secret"])
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train_data_dir", "output_dir", "cache_dir", "hub_token"])
+def test_an_empty_value_is_no_name_of_the_current_folder(name):
+    with pytest.raises(UserError, match=f"--{name} is empty.*variable of the shell"):
+        load([*FLAGS, f"--{name}", ""])
+    assert load([*FLAGS, "--caption_prefix", ""]).data.caption_prefix == ""
+
+
+def test_the_help_says_what_method_and_preset_do_to_other_settings():
+    text = " ".join(build_parser().format_help().split())
+    assert "both only fill in values of the other fields" in text
+    assert "Defaults below are those of iet_agc_plus and corrected." in text
+
+
 def test_help_names_every_setting_at_once_and_without_torch():
     began = time.perf_counter()
     done = run("-X", "importtime", "train_iet_sd.py", "--help")

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from iet_sd.config import Config
 from iet_sd.presets import METHODS, PRESETS
@@ -72,8 +73,21 @@ def test_nothing_remains_of_the_method_in_the_file(loaded, method):
 
 
 def test_what_the_file_says_itself_remains_under_another_method(loaded):
-    assert loaded("method: none\nnum_shards: 1", "--method", "iet")["num_shards"] == 1
     assert loaded("method: iet\nnum_shards: 8", "--method", "iet_agc")["num_shards"] == 8
+    found = loaded("preset: paper\nbank_bins: 7\nmsr_fraction: 0.1", "--method", "iet_agc")
+    assert (found["bank_bins"], found["msr_fraction"]) == (7, 0.1)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("first", METHODS)
+@pytest.mark.parametrize("then", METHODS)
+def test_all_settings_of_a_run_are_a_start_for_another_method(loaded, first, then, preset):
+    """``training_config.yaml`` writes out what method and preset stand for: it goes with them."""
+    written = loaded("", "--method", first, "--preset", preset, "--num_rounds", "3")
+    text = yaml.safe_dump(written)
+    wanted = loaded("", "--method", then, "--preset", preset, "--num_rounds", "3")
+    assert loaded(text, "--method", then) == wanted
+    assert loaded(text) == written
 
 
 def test_presets_and_methods_name_settings_of_the_method():
