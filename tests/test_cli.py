@@ -156,6 +156,21 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(argv, tmp_path, capsy
     assert not (tmp_path / "output").exists()
 
 
+def test_what_a_gpu_will_do_is_planned_without_one(argv, capsys):
+    """Its precision: half the bytes of what is frozen and of activations."""
+    given = argv(train_mode="lora", train_batch_size=4096)
+    assert train([*given, "--mixed_precision", "fp16"]) == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+    found = {}
+    for precision in ("fp16", "no"):
+        assert train([*given, "--dry_run", "--mixed_precision", precision]) == 0
+        said = capsys.readouterr().out
+        assert f"mixed_precision: {precision}" in said
+        found[precision] = float(re.search(r"activations at most ([\d.]+) GiB", said)[1])
+    assert found["no"] > 0.2
+    assert found["fp16"] == pytest.approx(found["no"] / 2, abs=0.01)
+
+
 def test_an_earlier_result_is_not_written_over(argv, tmp_path, capsys):
     assert train(argv(num_rounds=2)) == 0
     assert train(argv(num_rounds=1)) == 2

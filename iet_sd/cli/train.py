@@ -54,7 +54,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.data.cache import cache_root
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
-    from iet_sd.engine import plan
+    from iet_sd.engine import plan, remarks
     from iet_sd.engine.caching import choose
     from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.collectives import from_main
@@ -74,8 +74,11 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     _check_tracker(config.training.report_to)
 
     logging_dir = output_dir / config.training.logging_dir
+    precision = config.training.mixed_precision
+    # What a GPU will do may be planned where there is none.
+    is_planned = config.training.dry_run and precision == "fp16"
     accelerator = make_accelerator(
-        config.training.mixed_precision,
+        "no" if is_planned else precision,
         timeout=timedelta(seconds=config.training.ddp_timeout),
         log_with=None if config.training.report_to == "none" else config.training.report_to,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(logging_dir)),
@@ -97,7 +100,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     config = dataclasses.replace(
         config,
         training=dataclasses.replace(
-            config.training, seed=seed, mixed_precision=accelerator.mixed_precision
+            config.training, seed=seed, mixed_precision=precision or accelerator.mixed_precision
         ),
     )
 
@@ -113,8 +116,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     if found:  # before anything is loaded or encoded
         known = identity(config, steps, "", source.fingerprint())
         require_same(found, known, but={"model"})
-    plan.warn_of_rounding(config, steps)
-    plan.warn_of_unused(config)
+    remarks.warn(config, steps)
     beforehand = choose(config, source, plan.visits(config, steps))
     if config.training.dry_run:
         if accelerator.is_main_process:

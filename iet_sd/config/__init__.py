@@ -52,6 +52,17 @@ class Settings:
         hints = typing.get_type_hints(cls)
         return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """What a setting is by itself."""
+        (found,) = [
+            field.default
+            for part in cls.sections().values()
+            for field in dataclasses.fields(part)
+            if field.name == name
+        ]
+        return found
+
     def as_dict(self) -> dict[str, Any]:
         """All settings as one flat mapping, as the YAML file has them; without secrets."""
         return {

@@ -4,7 +4,6 @@ Models are counted without weights (`iet_sd.engine.sizes`); the speed of this ma
 matrix products.
 """
 
-import logging
 import math
 import time
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from iet_sd.engine import sizes
 from iet_sd.errors import UserError
 from iet_sd.models.adapter import lora_pairs, make_trainable
 
-logger = logging.getLogger(__name__)
 # Convolutions and attention of a UNet reach between a half and a fifth of the speed of one large
 # matrix product.
 _EFFICIENCY = (0.5, 0.2)
@@ -35,37 +33,6 @@ def steps_per_round(config: Config, num_samples: int) -> int:
         training.num_train_epochs * math.ceil(num_samples / training.samples_per_update)
     )
     return math.ceil(total / (method.num_shards * method.num_rounds))
-
-
-def warn_of_rounding(config: Config, steps: int) -> None:
-    """Say so where ``steps`` a round come to clearly more than --max_train_steps."""
-    method, asked = config.method, config.training.max_train_steps
-    total = steps * method.num_shards * method.num_rounds
-    if asked and not method.steps_per_round and total > 1.05 * asked:
-        logger.warning(
-            "--max_train_steps %d becomes %d: all of %d shards make whole steps in each of %d "
-            "rounds. Give a multiple of %d, fewer --num_rounds, or --steps_per_round.",
-            asked,
-            total,
-            method.num_shards,
-            method.num_rounds,
-            method.num_shards * method.num_rounds,
-        )
-
-
-def warn_of_unused(config: Config) -> None:
-    """Say so where a setting is of a part that is off, as --agc_threshold without AGC.
-
-    No error: who compares methods gives all of them the same settings.
-    """
-    if unused := config.method.unused():
-        on = [part.upper() for part in ("agc", "taa", "msr") if getattr(config.method, part)]
-        logger.warning(
-            "%s: of no effect, since what it is a setting of is off (--method %s: %s).",
-            ", ".join(f"--{name}" for name in unused),
-            config.method.method,
-            f"only {' and '.join(on)}" if on else "neither AGC, TAA nor MSR",
-        )
 
 
 def visits(config: Config, steps: int) -> int:

@@ -1,7 +1,6 @@
 """What a run will take, compared with the run itself."""
 
 import dataclasses
-import re
 import shutil
 
 import pytest
@@ -49,36 +48,6 @@ from tests.pipelines import RESOLUTION, TEXT_WIDTH, TOKENS, XL_POOLED, XL_WIDTH
 )
 def test_steps_per_round(given, samples, expected, settings):
     assert plan.steps_per_round(settings(**given), samples) == expected
-
-
-@pytest.mark.parametrize(("asked", "said"), [(20, False), (39, False), (21, True), (3, True)])
-def test_more_updates_than_were_asked_for_are_said(asked, said, settings, caplog):
-    config = settings(max_train_steps=asked, num_shards=4, num_rounds=5)
-    plan.warn_of_rounding(config, plan.steps_per_round(config, 16))
-    total = 20 if asked <= 20 else 40
-    assert (f"--max_train_steps {asked} becomes {total}: " in caplog.text) == said
-
-
-@pytest.mark.parametrize(
-    ("given", "unused"),
-    [
-        ({"method": "none", "agc_threshold": 0.9}, "--agc_threshold: of no effect"),
-        ({"method": "none", "agc_threshold": 0.9}, r"\(--method none: neither AGC, TAA nor MSR\)"),
-        ({"method": "none", "preset": "strict", "bank_bins": 50}, None),
-        ({"method": "iet_agc", "agc_threshold": 0.9, "bank_bins": 7}, None),
-        ({"method": "iet_agc", "taa_magnitude": 5.0}, None),
-        (
-            {"method": "iet_agc", "taa_magnitude": 9.0, "msr_every": 3},
-            r"--taa_magnitude, --msr_every: .* \(--method iet_agc: only AGC\)",
-        ),
-        ({"taa": False, "taa_num_ops": 3}, r"--taa_num_ops: .*: only AGC and MSR\)"),
-        ({"method": "iet", "bank_bias": "raw", "preset": "paper"}, None),
-        ({"method": "iet", "bank_bias": "corrected", "preset": "paper"}, "--bank_bias: "),
-    ],
-)
-def test_settings_of_parts_that_are_off_are_said(given, unused, settings, caplog):
-    plan.warn_of_unused(settings(**given))
-    assert re.search(unused, caplog.text) if unused else not caplog.text
 
 
 def test_no_more_processes_than_shards(settings):
