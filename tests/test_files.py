@@ -1,6 +1,8 @@
 import os
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -8,13 +10,17 @@ from safetensors.torch import save_file
 from iet_sd import files
 from iet_sd.errors import UserError
 from iet_sd.files import (
+    atomic_file,
     atomic_folder,
     check_writable,
     new_staging,
     publish,
+    remove_leftovers,
     staging_for,
     write_text_atomic,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def content(folder):
@@ -121,6 +127,61 @@ def test_text_is_replaced_or_left(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_text_atomic(path, "long enough to be flushed " * 1000 + "\ud800")
     assert content(tmp_path) == {"config.yaml": "naïve\n"}
+
+
+# Each waits for the other to be there, and then writes the text it is given.
+WRITING = """
+import sys
+from pathlib import Path
+from iet_sd.files import write_text_atomic
+path, mine, other = map(Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    pass
+for _ in range(100):
+    write_text_atomic(path, mine.name * 1000)
+"""
+
+
+def test_processes_that_write_one_text_do_not_disturb_each_other(tmp_path):
+    path, *names = (tmp_path / name for name in ("index.json", "a", "b"))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITING, path, *order], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for order in (names, reversed(names))
+    ]
+    for writer in writers:
+        _, said = writer.communicate(timeout=60)
+        assert writer.returncode == 0, said.decode()
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "index.json"]
+
+
+def test_writers_of_one_process_do_not_disturb_each_other(tmp_path):
+    """Nor those of containers, where the first process is number 1 in each."""
+    path = tmp_path / "file"
+    with atomic_file(path) as first:
+        first.write(b"first")
+        with atomic_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_killed_writers_left_goes_away_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", lambda _: 1 / 0)
+    monkeypatch.setattr(files.Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(ZeroDivisionError):
+        write_text_atomic(tmp_path / "metrics.jsonl", "half")
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    write(tmp_path, **{".download.partial": "another program's", "config.yaml": "whole"})
+    write(tmp_path / ".partial", index="half of a folder")
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+    assert sorted(os.listdir(tmp_path)) == [".download.partial", ".partial", "config.yaml"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")

@@ -170,6 +170,7 @@ def _run(
     from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
+    from iet_sd.files import remove_leftovers
     from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
@@ -241,6 +242,7 @@ def _run(
         if accelerator.is_main_process:
             if not goes_on_here(found, output_dir):
                 make_way(config)
+            remove_leftovers(output_dir)
             write_settings(output_dir, config)  # by which the folder is known as a run's
         prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
         prober.begin(source, heldout, found and found.folder)
