@@ -7,7 +7,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +34,19 @@ def check_writable(folder: Path, flag: str = "--output_dir") -> None:
             f"{flag} {folder} cannot be written to: {error.strerror}. Give a folder that you may "
             "write to, on a disk with room."
         ) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written into ``folder``, which need not be there yet. Nothing is made.
+
+    Errors: `OSError` where nothing may be.
+    """
+    folder = Path(os.path.abspath(folder))
+    with suppress(FileNotFoundError):
+        os.stat(folder)
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=there):  # rights alone don't tell: see /proc, or a share
+        return shutil.disk_usage(there).free
 
 
 @contextmanager

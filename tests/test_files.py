@@ -1,4 +1,5 @@
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from iet_sd.files import (
     atomic_file,
     atomic_folder,
     check_writable,
+    free_bytes,
     new_staging,
     publish,
     remove_leftovers,
@@ -231,3 +233,32 @@ def test_where_nothing_can_be_written_is_one_error_with_the_reason(place, said, 
 def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path):
     check_writable(tmp_path / "deep" / "result")
     assert not any((tmp_path / "deep" / "result").iterdir())
+
+
+def test_free_bytes_are_those_of_the_disk_where_the_folder_would_be(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert free_bytes(tmp_path / "deep" / "cache") == pytest.approx(free, rel=0.05)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "Not a directory"),
+        ("file/x", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        ("link/x", "No such file"),
+        pytest.param(
+            "/proc/iet",
+            "No such file",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux's own folder"),
+        ),
+    ],
+    ids=lambda text: text[:9],
+)
+def test_where_nothing_can_be_written_no_bytes_are_free(place, said, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=said):
+        free_bytes(tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
