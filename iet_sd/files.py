@@ -1,17 +1,21 @@
 """Writes that are whole or absent: a reader, or a run that was killed, never meets half of one."""
 
 import os
+import re
+import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from iet_sd.errors import UserError
 
 _STAGING = ".partial"
+# Of the staging file of an `atomic_file`, whichever its path.
+_STAGING_FILE = re.compile(rf"\..+\.[0-9a-f]{{8}}{re.escape(_STAGING)}")
 
 
 def check_writable(folder: Path, flag: str = "--output_dir") -> None:
@@ -30,6 +34,19 @@ def check_writable(folder: Path, flag: str = "--output_dir") -> None:
             f"{flag} {folder} cannot be written to: {error.strerror}. Give a folder that you may "
             "write to, on a disk with room."
         ) from error
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written into ``folder``, which need not be there yet. Nothing is made.
+
+    Errors: `OSError` where nothing may be.
+    """
+    folder = Path(os.path.abspath(folder))
+    with suppress(FileNotFoundError):
+        os.stat(folder)
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    with tempfile.TemporaryFile(dir=there):  # rights alone don't tell: see /proc, or a share
+        return shutil.disk_usage(there).free
 
 
 @contextmanager
@@ -96,35 +113,38 @@ def staging_for(path: Path | str) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """A file to write, moved to ``path`` when the block ends without an error.
 
-    After an error ``path`` is as it was. Processes that write one path do not disturb each other:
-    the last to end wins.
+    After an error ``path`` is as it was. Writers of one path do not disturb each other: the last to
+    end wins. What a killed one left stays until `remove_leftovers`.
     """
+    path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{path.name}.{os.getpid()}{_STAGING}")
+    # By chance, as a process in another container may have the number of this one.
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_STAGING}")
     try:
-        with staging.open("wb") as file:
+        with staging.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(staging, path)
     finally:
         staging.unlink(missing_ok=True)
+    _sync(path.parent)
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:
-    """Write ``text`` (UTF-8) to the file ``path``, or leave what was there."""
-    path = Path(os.path.abspath(path))
-    staging = path.with_name(f".{path.name}{_STAGING}")
-    try:
-        staging.write_text(text, encoding="utf-8")
-        _sync(staging)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-    _sync(path.parent)
+    """Write ``text`` (UTF-8) to the file ``path``, or leave what was there; as `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed writers of files left in ``folder``, where nobody else may write now."""
+    for path in folder.iterdir():
+        if _STAGING_FILE.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _swap_in(new: Path, target: Path) -> None:

@@ -179,6 +179,14 @@ def test_an_earlier_result_is_not_written_over(argv, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "output").glob("checkpoint-*")] == ["checkpoint-1"]
 
 
+def test_what_a_killed_run_was_writing_goes_away(argv, tmp_path):
+    half = tmp_path / "output" / ".metrics.jsonl.0a1b2c3d.partial"
+    half.parent.mkdir()
+    half.write_text("half")
+    assert train(argv()) == 0
+    assert not half.exists()
+
+
 MISTAKES = {
     "no such model": ({"pretrained_model_name_or_path": "./nowhere"}, "no folder ./nowhere"),
     "no such data": ({"train_data_dir": "nowhere"}, "nowhere"),

@@ -1,6 +1,9 @@
 import os
+import shutil
 import stat
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
@@ -8,13 +11,18 @@ from safetensors.torch import save_file
 from iet_sd import files
 from iet_sd.errors import UserError
 from iet_sd.files import (
+    atomic_file,
     atomic_folder,
     check_writable,
+    free_bytes,
     new_staging,
     publish,
+    remove_leftovers,
     staging_for,
     write_text_atomic,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def content(folder):
@@ -123,6 +131,61 @@ def test_text_is_replaced_or_left(tmp_path):
     assert content(tmp_path) == {"config.yaml": "naïve\n"}
 
 
+# Each waits for the other to be there, and then writes the text it is given.
+WRITING = """
+import sys
+from pathlib import Path
+from iet_sd.files import write_text_atomic
+path, mine, other = map(Path, sys.argv[1:])
+mine.touch()
+while not other.exists():
+    pass
+for _ in range(100):
+    write_text_atomic(path, mine.name * 1000)
+"""
+
+
+def test_processes_that_write_one_text_do_not_disturb_each_other(tmp_path):
+    path, *names = (tmp_path / name for name in ("index.json", "a", "b"))
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITING, path, *order], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for order in (names, reversed(names))
+    ]
+    for writer in writers:
+        _, said = writer.communicate(timeout=60)
+        assert writer.returncode == 0, said.decode()
+    assert path.read_text() in ("a" * 1000, "b" * 1000)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "index.json"]
+
+
+def test_writers_of_one_process_do_not_disturb_each_other(tmp_path):
+    """Nor those of containers, where the first process is number 1 in each."""
+    path = tmp_path / "file"
+    with atomic_file(path) as first:
+        first.write(b"first")
+        with atomic_file(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_what_killed_writers_left_goes_away_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "fsync", lambda _: 1 / 0)
+    monkeypatch.setattr(files.Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(ZeroDivisionError):
+        write_text_atomic(tmp_path / "metrics.jsonl", "half")
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    write(tmp_path, **{".download.partial": "another program's", "config.yaml": "whole"})
+    write(tmp_path / ".partial", index="half of a folder")
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+    assert sorted(os.listdir(tmp_path)) == [".download.partial", ".partial", "config.yaml"]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such rights")
 @pytest.mark.parametrize(("mask", "expected"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
 def test_all_files_have_the_rights_of_the_umask(mask, expected, tmp_path):
@@ -170,3 +233,32 @@ def test_where_nothing_can_be_written_is_one_error_with_the_reason(place, said, 
 def test_a_folder_that_can_be_written_to_is_made_and_left_empty(tmp_path):
     check_writable(tmp_path / "deep" / "result")
     assert not any((tmp_path / "deep" / "result").iterdir())
+
+
+def test_free_bytes_are_those_of_the_disk_where_the_folder_would_be(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert free_bytes(tmp_path / "deep" / "cache") == pytest.approx(free, rel=0.05)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "Not a directory"),
+        ("file/x", "Not a directory"),
+        ("n" * 300, "File name too long"),
+        ("link/x", "No such file"),
+        pytest.param(
+            "/proc/iet",
+            "No such file",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux's own folder"),
+        ),
+    ],
+    ids=lambda text: text[:9],
+)
+def test_where_nothing_can_be_written_no_bytes_are_free(place, said, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError, match=said):
+        free_bytes(tmp_path / place)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]

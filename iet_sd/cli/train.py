@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from iet_sd.data.sources import Source
-    from iet_sd.engine.caching import Beforehand
+    from iet_sd.engine.beforehand import Beforehand
     from iet_sd.engine.checkpoint import Checkpoint
     from iet_sd.hub.push import Repository
 
@@ -55,12 +55,14 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.data.shards import split
     from iet_sd.data.sources import load_source
     from iet_sd.engine import plan, remarks
-    from iet_sd.engine.caching import choose
+    from iet_sd.engine.beforehand import choose
+    from iet_sd.engine.caching import fit
     from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.collectives import from_main
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import check_dream
     from iet_sd.engine.optimizer import check_optimizer
+    from iet_sd.engine.sizes import meta_components
     from iet_sd.models.attention import check_attention
     from iet_sd.models.finding import check_model
     from iet_sd.models.loading import prediction_type
@@ -123,7 +125,9 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
             sizes = [int((shard_of_N == shard).sum()) for shard in range(method.num_shards)]
             needs = plan.estimate(config, steps, accelerator.num_processes)
             print(plan.describe(config, sizes, steps, needs, accelerator.device))
-            kept = plan.gib(beforehand.size(config))
+            parts = meta_components(config.model, config.data.cache_dir)
+            beforehand = beforehand.without(fit(config, parts, beforehand)[1])
+            kept = plan.gib(sum(beforehand.sizes(config).values()))
             print(f"cache:     {kept} under {cache_root(config.data.cache_dir)}")
             print(f"           {beforehand.describe()}")
         return
@@ -172,6 +176,7 @@ def _run(
     from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
+    from iet_sd.files import remove_leftovers
     from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
@@ -243,6 +248,7 @@ def _run(
         if accelerator.is_main_process:
             if not goes_on_here(found, output_dir):
                 make_way(config)
+            remove_leftovers(output_dir)
             write_settings(output_dir, config)  # by which the folder is known as a run's
         prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
         prober.begin(source, heldout, found and found.folder)

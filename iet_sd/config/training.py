@@ -29,7 +29,8 @@ class TrainingConfig:
     cache: Literal["auto", "on", "off"] = "auto"
     """Encode images and captions once and keep that under --cache_dir (by default beside what
     Hugging Face keeps): posteriors of the VAE, of which every visit draws a fresh latent, and text
-    embeddings. auto: what gives the same training, and pays; on: both, or say why not."""
+    embeddings. auto: what gives the same training, pays, and fits into half of the disk's free
+    space; on: both, or say why not."""
     cache_crops: int | None = None
     """Where crops are random: how many of each image are encoded, of which a visit draws one.
     Default: none, so that --cache auto leaves images that are cropped at random to the VAE."""

@@ -7,6 +7,7 @@ can be stale. Files are written whole or not at all: a build that was stopped go
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from iet_sd.errors import UserError
-from iet_sd.files import atomic_file, check_writable, write_text_atomic
+from iet_sd.files import atomic_file, write_text_atomic
 
 # About 30 MB of text embeddings, or 15 MB of latents, of Stable Diffusion 1.5 in fp16.
 ROWS = 256
@@ -40,6 +41,8 @@ class Table:
     folder: Path
     groups: Sequence[int]
     """Sizes of the groups of rows that have the same shapes, in the order of the rows."""
+    index: str
+    """What the rows depend on, as JSON."""
     _open: dict[int, dict[str, Tensor]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,8 +61,8 @@ class Table:
         return sum(self.groups)
 
     def missing(self) -> list[tuple[Path, range]]:
-        """The files that are yet to be made."""
-        return [(path, rows) for path, rows in self.files if not path.is_file()]
+        """The files that are yet to be made, as far as can be seen."""
+        return [(path, rows) for path, rows in self.files if not os.path.isfile(path)]
 
     def __getitem__(self, row: int) -> Row:
         """The tensors of a row: views of the mapped file.
@@ -77,39 +80,37 @@ class Table:
         return {**self.__dict__, "_open": {}}
 
 
-def open_table(
+def find_table(
     root: Path, kind: str, depends_on: Mapping[str, Any], groups: Sequence[int]
 ) -> Table:
     """The table of ``kind`` whose rows depend on ``depends_on`` (as JSON) and nothing else.
 
-    Errors: `UserError` if the folder of this name says that it is of something else, or is not
-    complete and cannot be written to.
+    It may have no files yet; nothing is written.
+    Errors: `UserError` if the folder of this name says that it is of something else.
     """
     text = json.dumps(depends_on, indent=1, sort_keys=True)
     folder = root / f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
     index = folder / _INDEX
-    if index.is_file() and index.read_text("utf-8") != text:
+    if os.path.isfile(index) and index.read_text("utf-8") != text:
         raise UserError(
             f"{index} does not describe what its folder is named after: it is damaged, or was "
             f"edited. Delete {folder}; it will be made again."
         )
-    table = Table(kind, folder, groups)
-    if not index.is_file() or table.missing():
-        check_writable(folder, "--cache_dir")
-    if not index.is_file():
-        write_text_atomic(index, text)
-    return table
+    return Table(kind, folder, groups, text)
 
 
 def fill(
+    table: Table,
     files: Sequence[tuple[Path, range]],
     make: Callable[[range], Iterator[Row]],
     advance: Callable[[int], None],
 ) -> None:
-    """Write each file from what ``make`` gives for its rows, batch by batch, stacked.
+    """Write files of a table from what ``make`` gives for their rows, batch by batch, stacked.
 
     ``advance`` is told how many rows were made. Processes may fill one table together.
     """
+    if files and not (table.folder / _INDEX).is_file():
+        write_text_atomic(table.folder / _INDEX, table.index)
     for path, rows in files:
         batches = []
         for batch in make(rows):

@@ -1,36 +1,29 @@
-"""What is encoded once: which of images and captions can be, and the encoding.
+"""What is encoded once: where it lies, whether the disk has room for it, and the encoding."""
 
-The latent of a cached image is drawn anew in every visit, from the same posterior, and a caption's
-embedding is what its encoder gives: training with caches equals training without, to rounding,
-wherever `why_not` finds nothing to say.
-"""
-
+import errno
 import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from iet_sd.config import Config
-from iet_sd.data.cache import Row, Table, cache_root, fill, open_table
-from iet_sd.data.captions import readable, texts
-from iet_sd.data.checks import cells
+from iet_sd.data.cache import Row, Table, cache_root, fill, find_table
 from iet_sd.data.dataset import Loader, TrainingImages
-from iet_sd.data.latents import Latents, Texts, Variants, crops_drawn, pieces
+from iet_sd.data.latents import Latents, Texts, Variants, pieces
 from iet_sd.data.sources import Source
-from iet_sd.engine import sizes
+from iet_sd.engine.beforehand import Beforehand, refused
 from iet_sd.engine.collectives import from_main, together
 from iet_sd.engine.objective import posterior
-from iet_sd.engine.plan import weight_dtype
-from iet_sd.engine.second_pass import augmentation
+from iet_sd.engine.plan import gib, weight_dtype
 from iet_sd.errors import UserError
-from iet_sd.method import taa
+from iet_sd.files import free_bytes
 from iet_sd.models.fingerprint import fingerprint
 from iet_sd.models.loading import Components
 
@@ -40,101 +33,52 @@ _VERSION = 2
 # What one pass of the VAE may hold: 8 images of 512 x 512.
 _PIXELS = 8 * 512 * 512
 _CAPTIONS = 32
-# Bytes of what is kept of an image beside its latent: the original size, and where it is cropped.
-_TOLD = 2 * 2 * torch.int64.itemsize
+# The kind of the table of what is encoded.
+_KINDS = {"captions": "texts", "images": "latents", "augmented images": "augmented"}
+# What --cache auto takes of a disk's free space at most: the rest is for checkpoints.
+_SHARE = 0.5
 
 
-def why_not(config: Config, source: Source) -> dict[str, str]:
-    """Why images, or captions, cannot be encoded once; nothing of what can be.
+def fit(
+    config: Config, components: Components, beforehand: Beforehand
+) -> tuple[dict[str, tuple[Table, int]], dict[str, str]]:
+    """What of ``beforehand`` the disk has room for, by what it is: the table, and the bytes that
+    are yet to be written of it. And why the rest is not kept.
 
-    Errors: `UserError` for ``--cache on`` where anything cannot.
+    Nothing is written, so a dry run may ask; its ``components`` may be without weights.
+    Errors: `UserError` for a damaged table, and for ``--cache on`` where anything is not kept.
     """
-    data, training, reasons = config.data, config.training, {}
-    if training.cache == "off":
-        return dict.fromkeys(("images", "captions"), "--cache off")
-    if None in source.digests:
-        reasons["images"] = "--check_images none leaves unknown what they hold"
-    elif crops_drawn(source, data) and training.cache_crops is None:
-        reasons["images"] = (
-            "a random crop is cut from them: choose how many are kept of each by --cache_crops, or "
-            "use --center_crop"
+    tables = _tables(config, components, beforehand)
+    missing = {what: sum(len(r) for _, r in table.missing()) for what, table in tables.items()}
+    whole = beforehand.sizes(config) if any(missing.values()) else dict.fromkeys(tables, 0)
+    always, taken, kept, reasons = config.training.cache == "on", 0, {}, {}
+    for what, table in tables.items():
+        need = whole[what] * missing[what] // max(1, len(table))
+        if need and (reason := _no_room(table.folder, need, taken, always)):
+            reasons[what] = reason
+        else:
+            taken += need
+            kept[what] = table, need
+    if reasons and always:
+        raise refused(
+            reasons,
+            "Give a --cache_dir that you may write to, on a disk with room, or use --cache auto, "
+            "which keeps what can be kept, or --cache off.",
         )
-    if config.model.train_text_encoder:
-        reasons["captions"] = "--train_text_encoder changes what they are encoded to"
-    elif data.shuffle_caption:
-        reasons["captions"] = "--shuffle_caption makes new ones in every visit"
-    if reasons and training.cache == "on":
-        listed = "; ".join(f"{what}, as {reason}" for what, reason in reasons.items())
-        raise UserError(
-            f"--cache on: cannot encode once and for all {listed}. Use --cache auto, which keeps "
-            "what can be kept."
-        )
-    return reasons
+    return kept, reasons
 
 
-@dataclass(frozen=True)
-class Beforehand:
-    """What is encoded before training; known without weights."""
-
-    variants: Variants | None
-    """The views of images, if images are."""
-    augmented: Variants | None
-    """Those of augmented images, if these are."""
-    captions: list[str] | None
-    """The captions, if these are; sorted."""
-    reasons: dict[str, str]
-    """Why the others are not."""
-
-    def describe(self) -> str:
-        """For people."""
-        counts = {
-            "views of images": self.variants,
-            "views of augmented images": self.augmented,
-            "captions": self.captions,
-        }
-        kept = " and ".join(f"{len(c)} {name}" for name, c in counts.items() if c is not None)
-        lines = [f"{kept} are encoded once"] if kept else []
-        lines += [f"{what} are encoded in every visit: {why}" for what, why in self.reasons.items()]
-        return "; ".join(lines)
-
-    def size(self, config: Config) -> int:
-        """Bytes of the files with all of it, but for their headers; counted without weights."""
-        parts = sizes.meta_components(config.model, config.data.cache_dir)
-        dtype = weight_dtype(config.training.mixed_precision)
-        texts = len(self.captions or ()) * sizes.encoded_caption(parts) * dtype.itemsize // 4
-        images, vae_dtype = 0, parts.family.vae_dtype(parts.vae_config, dtype)
-        for variants in filter(None, (self.variants, self.augmented)):
-            row = 0
-            for count in variants.groups:
-                height, width = map(parts.latent_size, variants.size_of(row))
-                numbers = 2 * parts.vae.config.latent_channels * height * width
-                images += count * (numbers * vae_dtype.itemsize + _TOLD)
-                row += count
-        return texts + images
-
-
-def choose(config: Config, source: Source, visits: int) -> Beforehand:
-    """What to encode beforehand: what can be and pays, or with ``--cache on`` all.
-
-    visits: looks at samples in the whole run; to encode more than that would not pay.
-    Errors: `UserError` for ``--cache on`` where anything cannot be.
-    """
-    reasons, always = why_not(config, source), config.training.cache == "on"
-    views = partial(Variants, source, config.data, config.training.cache_crops)
-    variants = None if "images" in reasons else views()
-    captions = None if "captions" in reasons else _captions(source, config)
-    if variants is not None and len(variants) > visits and not always:
-        variants, reasons["images"] = None, "there are more views of them than visits"
-    method, augmented = config.method, None
-    if variants is not None and method.taa and method.taa_variants:
-        rule = method.taa_min_strength, method.taa_magnitude, method.taa_strength
-        augmented = views([augmentation(m, method) for m in taa.whole_magnitudes(*rule)])
-        if len(augmented) > visits and not always:
-            reasons["augmented images"] = "there are more variants of them than visits"
-            augmented = None
-    if captions is not None and len(captions) > visits and not always:
-        captions, reasons["captions"] = None, "there are more of them than visits"
-    return Beforehand(variants, augmented, captions, reasons)
+def _no_room(folder: Path, need: int, taken: int, always: bool) -> str:
+    """Why ``need`` bytes cannot be kept in ``folder``, beside ``taken`` more; empty if they can."""
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        return f"{folder} cannot be written to: {error.strerror}"
+    room = (free if always else int(free * _SHARE)) - taken
+    if need <= room:
+        return ""
+    rest = "" if always else f" ({gib(free)} are free, and half of that is left for checkpoints)"
+    return f"{folder} has room for {gib(room)} and {gib(need)} are to be written{rest}"
 
 
 def cached_images(
@@ -145,38 +89,27 @@ def cached_images(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> TrainingImages:
-    """The samples for training, encoded as ``beforehand`` says.
+    """The samples for training, encoded as ``beforehand`` says, as far as the disk has room.
 
     Frozen networks that training needs no more are freed, or not even loaded; the others are loaded
     now. All processes take part, and share the work.
-    Errors: `UserError` for a damaged file, or an image that has changed.
+    Errors: `UserError` for a damaged file, an image that has changed, or a disk that is full before
+    all is written; and as `fit`.
     """
+    processes = process_index, num_processes
+    # Settled by one process: another may look when the disk is fuller.
+    fitting, reasons = from_main(lambda: fit(config, components, beforehand), *processes)
+    beforehand = beforehand.without(reasons)
     captions, read = beforehand.captions, components.tokenize
-    table = partial(_table, config, components)
     if captions is not None:
-        encoders = (*components.family.text_encoders, *components.family.tokenizers)
-        texts_table = from_main(
-            lambda: table("texts", encoders, captions, [len(captions)]),
-            process_index,
-            num_processes,
-        )
         encode = partial(_encode_captions, components, captions)
-        _fill(texts_table, encode, process_index, num_processes)
-        read = Texts(captions, texts_table)
+        read = Texts(captions, _filled(*fitting["captions"], encode, *processes))
     workers, kept = config.training.dataloader_num_workers, {}
-    for kind, variants in (("latents", beforehand.variants), ("augmented", beforehand.augmented)):
-        if variants is None:
-            continue
-        latents_table = from_main(
-            lambda kind=kind, v=variants: table(kind, ("vae",), v.describe(), v.groups),
-            process_index,
-            num_processes,
-        )
+    for what, variants in beforehand.views.items():
         loader = Loader(variants, workers, pin_memory=components.device.type == "cuda")
         with closing(loader) as pictures:
             encode = partial(_encode_images, components, variants, pictures)
-            _fill(latents_table, encode, process_index, num_processes)
-        kept[kind] = Latents(variants, latents_table)
+            kept[_KINDS[what]] = Latents(variants, _filled(*fitting[what], encode, *processes))
     logger.info("%s", beforehand.describe())
     encodes = "latents" not in kept or (config.method.taa and "augmented" not in kept)
     _keep(components, "vae", encodes)
@@ -195,10 +128,14 @@ def _keep(components: Components, part: str, needed: bool) -> None:
         components.release(part)
 
 
-def _fill(
-    table: Table, make: Callable[[range], Iterator[Row]], process_index: int, num_processes: int
-) -> None:
-    """Make what is missing of a table, each process a share of the files."""
+def _filled(
+    table: Table,
+    need: int,
+    make: Callable[[range], Iterator[Row]],
+    process_index: int,
+    num_processes: int,
+) -> Table:
+    """Make what is missing of a table, of ``need`` bytes, each process a share of the files."""
     missing = from_main(table.missing, process_index, num_processes)
     mine = missing[process_index::num_processes]
     bar = tqdm(
@@ -206,8 +143,35 @@ def _fill(
         desc=f"Encoding {table.kind}",
         disable=not mine or process_index > 0,
     )
-    with bar, torch.no_grad():
-        together(lambda: fill(mine, make, bar.update), num_processes)
+    with bar, torch.no_grad(), _full_disk_told(table.folder, need):
+        together(lambda: fill(table, mine, make, bar.update), num_processes)
+    return table
+
+
+@contextmanager
+def _full_disk_told(folder: Path, need: int) -> Iterator[None]:
+    """Errors: `UserError` for a disk that others have filled while ``need`` bytes were written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"{folder}, of what is encoded once, cannot be written to its end: {error.strerror}. "
+            f"At the start {gib(need)} were missing. Give a --cache_dir on a disk with room, or "
+            "use --cache off; or make room and start again: a build that was stopped goes on."
+        ) from error
+
+
+def _tables(config: Config, components: Components, beforehand: Beforehand) -> dict[str, Table]:
+    """The tables of what is encoded beforehand, by what it is, in the order of their making."""
+    table, found = partial(_table, config, components), {}
+    if (captions := beforehand.captions) is not None:
+        encoders = (*components.family.text_encoders, *components.family.tokenizers)
+        found["captions"] = table(_KINDS["captions"], encoders, captions, [len(captions)])
+    for what, variants in beforehand.views.items():
+        found[what] = table(_KINDS[what], ("vae",), variants.describe(), variants.groups)
+    return found
 
 
 def _table(
@@ -220,26 +184,21 @@ def _table(
 ) -> Table:
     """The table of rows that ``rows`` describes, made by ``parts`` of the model."""
     dtype = weight_dtype(config.training.mixed_precision)
-    if kind != "texts":
+    if kind != _KINDS["captions"]:
         dtype = components.family.vae_dtype(components.vae_config, dtype)
     files = components.folder, components.variant, components.vae_folder
+    try:
+        weights = fingerprint(*files, parts)
+    except FileNotFoundError:  # yet to be downloaded, so there is no table of theirs
+        weights = None
     depends_on = {
         "version": _VERSION,
-        "weights": fingerprint(*files, parts),
+        "weights": weights,
         "dtype": str(dtype),
         "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "number": sum(groups),
     }
-    return open_table(cache_root(config.data.cache_dir), kind, depends_on, groups)
-
-
-def _captions(source: Source, config: Config) -> list[str]:
-    """All captions that a visit may read, sorted."""
-    found = set()
-    columns = source.sample_ids, cells(source.dataset, source.caption_column)
-    for name, value in zip(*columns, strict=True):
-        found |= readable(texts(value, name), config.data)
-    return sorted(found)
+    return find_table(cache_root(config.data.cache_dir), kind, depends_on, groups)
 
 
 def _encode_captions(components: Components, captions: Sequence[str], rows: range) -> Iterator[Row]:

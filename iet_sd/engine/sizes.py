@@ -46,6 +46,7 @@ def meta_components(config: ModelConfig, cache_dir: str | None) -> Components:
             noise_scheduler=None,
             source=config.pretrained_model_name_or_path,
             folder=folder,
+            variant=config.variant,
             vae_folder=vae_folder,
         )
     for network in (parts.unet, parts.vae, *parts.text_encoders):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from iet_sd.cli.common import status_of
 from iet_sd.cli.train import train
-from iet_sd.engine import checkpoint
+from iet_sd.engine import caching, checkpoint
 from tests.launching import Launched, finish
 
 
@@ -123,3 +123,39 @@ def test_on_a_disk_that_is_really_full(processes, argv, small_disk):
         shutil.rmtree(output / name)
     again = ["--resume_from_checkpoint", "latest", "--checkpoints_total_limit", "1"]
     finish([*flags, *again], processes)
+
+
+@pytest.mark.parametrize(
+    "processes",
+    [0, pytest.param(2, marks=pytest.mark.slow)],
+    ids=["one process", "two processes"],
+)
+def test_a_cache_that_the_disk_has_no_room_for_stops_no_run(
+    processes, argv, small_disk, tmp_path, capsys
+):
+    cache = small_disk("8k")
+    flags = argv(cache_dir=cache, center_crop="")
+    said = f"captions are encoded in every visit: {cache / 'iet_sd' / 'texts-'}"
+    assert train([*flags, "--dry_run"]) == 0
+    assert said in capsys.readouterr().out
+    run = Launched(flags, processes)
+    assert run.wait() == 0, run.output()
+    assert said in run.output()
+    assert not list(cache.rglob("texts-*"))
+    others = argv(cache_dir=cache, center_crop="", output_dir=tmp_path / "other", cache="on")
+    assert train(others) == 2
+    error = capsys.readouterr().err
+    assert "has room for 0.00 GiB and 0.00 GiB are to be written. Give a --cache_dir" in error
+
+
+def test_a_disk_that_is_full_while_a_cache_is_written(argv, small_disk, capsys, monkeypatch):
+    """As by others: there are no checkpoints yet, and it is not the output that lacks room."""
+    cache = small_disk("8k")
+    monkeypatch.setattr(caching, "_SHARE", 1000)
+    assert train(argv(cache_dir=cache)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {cache / 'iet_sd' / 'texts-'}")
+    assert "No space left on device" in error
+    assert "--cache off" in error
+    assert "Checkpoints" not in error
+    assert not list(cache.rglob("*partial*"))

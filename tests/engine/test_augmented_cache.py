@@ -10,7 +10,7 @@ from iet_sd.data.dataset import TrainingImages
 from iet_sd.data.latents import Variants
 from iet_sd.data.shards import Visit
 from iet_sd.data.sources import load_source
-from iet_sd.engine.caching import choose
+from iet_sd.engine.beforehand import choose
 from iet_sd.errors import UserError
 from tests.engine.preparing import FITTING, prepare, tables
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from iet_sd.data.latents import Texts
-from iet_sd.engine.caching import choose
+from iet_sd.engine.beforehand import choose
 from iet_sd.errors import UserError
 from tests.engine.preparing import FITTING, prepare
 

@@ -15,7 +15,8 @@ from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.latents import Latents, Texts, Variants
 from iet_sd.data.shards import Visit, split
 from iet_sd.data.sources import load_source
-from iet_sd.engine.caching import cached_images, choose
+from iet_sd.engine.beforehand import choose
+from iet_sd.engine.caching import cached_images
 from iet_sd.engine.objective import Objective
 from iet_sd.engine.rounds import Trainer
 from iet_sd.engine.state import RoundDone
