@@ -4,21 +4,25 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import datasets
-import pyarrow
+import pyarrow.parquet
+import yaml
 from datasets import Dataset
+from datasets.data_files import DataFilesDict, _get_data_files_patterns, resolve_pattern
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
+from huggingface_hub import metadata_load
 
 from iet_sd.config import DataConfig
+from iet_sd.data import checks
 from iet_sd.data.archives import read_archives
 from iet_sd.data.folder import IMAGE_SUFFIXES, METADATA_NAMES, is_image, read_folder, walk
 from iet_sd.errors import UserError
 
-# What `load_dataset` reads: tables also if pictures lie beside them, archives only if none do.
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -29,6 +33,7 @@ _READ_ERRORS = (
     KeyError,
     ImportError,
     pyarrow.ArrowException,
+    yaml.YAMLError,
     datasets.exceptions.DatasetsError,
 )
 
@@ -57,22 +62,99 @@ def _read_local(path: Path, config: DataConfig) -> Dataset:
         with _local(path):
             content = datasets.load_from_disk(str(path))
         return _split_of(content, config, path)
-    files = walk(path)
-    with_images = any(map(is_image, files))
-    if _holds(files, TABLE_SUFFIXES) or (not with_images and _holds(files, ARCHIVE_SUFFIXES)):
+    return _read_directory(path, walk(path), config)
+
+
+def _read_directory(path: Path, files: list[Path], config: DataConfig) -> Dataset:
+    """What its files hold: tables that hold images, else images, else archives.
+
+    So a table of other things, as img2dataset writes beside images and archives, hides neither;
+    nor does an archive that lies beside images.
+
+    files: what `walk` found. Errors: `UserError`, also if there is none of these.
+    """
+    names = [f for f in files if f.suffix in TABLE_SUFFIXES and f.name not in METADATA_NAMES]
+    schemas = ((path / name, _schema(path / name)) for name in names)
+    table = next((table for table, schema in schemas if _holds_images(schema)), None)
+    if table is not None:
+        return _read_tables(path, table, config)
+    if any(map(is_image, files)):
+        return read_folder(path, files, config)
+    suffixes = {file.suffix for file in files}
+    if ".tar" in suffixes and not _is_described(path):
+        return _read_archives(path, config)
+    if not suffixes.isdisjoint(ARCHIVE_SUFFIXES):
         with _local(path):
             return _load(str(path), path, config, name=config.dataset_config_name)
-    if not with_images:
+    found = f"{len(files)} other files"
+    if names:
+        columns = ", ".join(_schema(path / names[0]).names)
+        found += f", of which {names[0]} has no column of images, only {columns}"
+    raise UserError(
+        f"{path} holds no images. Expected files like {', '.join(IMAGE_SUFFIXES)}, in it or "
+        "in folders of it, or parquet files with images, .tar archives, or a data set saved to "
+        f"disk; found {found}."
+    )
+
+
+def _schema(table: Path) -> pyarrow.Schema:
+    """Columns of a table; none of its rows is read."""
+    try:
+        if table.suffix == ".parquet":
+            return pyarrow.parquet.read_schema(table)
+        with pyarrow.memory_map(str(table)) as file:
+            try:
+                return pyarrow.ipc.open_stream(file).schema
+            except pyarrow.ArrowInvalid:  # the other of Arrow's two formats
+                return pyarrow.ipc.open_file(file).schema
+    except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path} holds no images. Expected files like {', '.join(IMAGE_SUFFIXES)}, in it or "
-            "in folders of it, or parquet files, .tar archives, or a data set saved to disk; "
-            f"found {len(files)} other files."
-        )
-    return read_folder(path, files, config)
+            f"{table} cannot be read: {error} Repair it, or move it away if it is not of the data."
+        ) from error
 
 
-def _holds(files: list[Path], suffixes: tuple[str, ...]) -> bool:
-    return any(file.suffix in suffixes and file.name not in METADATA_NAMES for file in files)
+def _holds_images(schema: pyarrow.Schema) -> bool:
+    """Whether any column may be of images: `checks.is_image`, before datasets has read it."""
+    types = pyarrow.types
+    return any(
+        {"bytes", "path"} <= {field.name for field in kind}
+        if types.is_struct(kind)
+        else types.is_binary(kind) or types.is_large_binary(kind)
+        for kind in schema.types
+    )
+
+
+def _read_tables(path: Path, table: Path, config: DataConfig) -> Dataset:
+    """The tables of a folder, which are read because of the images in ``table``."""
+    with _local(path):
+        rows = _load(str(path), path, config, name=config.dataset_config_name)
+    try:
+        checks.require_column(rows, "image_column", config.image_column, "images", checks.is_image)
+    except UserError as error:
+        raise UserError(
+            f"{error} Tables are read, since {table} has images or bytes: if it is not of the "
+            "data, move it away."
+        ) from error
+    return rows
+
+
+def _is_described(path: Path) -> bool:
+    """Whether a card says which files are which split, as in a data set from the Hub."""
+    card = path / "README.md"
+    with _local(path):
+        return card.is_file() and "configs" in (metadata_load(card) or {})
+
+
+def _read_archives(path: Path, config: DataConfig) -> Dataset:
+    """The .tar archives of a folder, split by their names as `load_dataset` splits files.
+
+    It is not asked itself, since it counts files: of as many .json it would read these.
+    """
+    only = {"base_path": str(path.absolute()), "allowed_extensions": [".tar"]}
+    with _local(path):
+        patterns = _get_data_files_patterns(partial(resolve_pattern, **only))
+        archives = _split_of(DataFilesDict.from_patterns(patterns, **only), config, path)
+        return read_archives(list(archives), config)
 
 
 def _read_hub(config: DataConfig) -> Dataset:
