@@ -10,7 +10,8 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from iet_sd.data.captions import texts
 from iet_sd.data.checks import is_filled, listed
 from iet_sd.errors import UserError
 
+# Reads each split of what was opened.
+Splits = dict[str, Callable[[], Dataset]]
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
@@ -68,21 +71,27 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
-    """The images of ``root`` with a list of captions each, the metadata's order first.
+def open_folder(root: Path, files: list[Path], config: DataConfig) -> Splits:
+    """The images of ``root`` with a list of captions each, the metadata's order first; by split.
 
     Columns: the image (undecoded), the captions, ``sample_id`` (path within ``root``, unless the
     metadata have such a column), and what else the metadata hold, as texts.
 
     files: what `walk` found.
-    Errors: `UserError` for metadata that cannot be read, a split or caption column that does not
-    exist, or a folder without captions.
+    Errors: `UserError` for metadata that cannot be read, or as `_by_split`; when a split is read,
+    for a caption column that does not exist, or no captions.
     """
     rows = _metadata(root, files)
-    columns = sorted({column for row in rows.values() for column in row} - {"file_name"})
     # Images no metadata name come last: they may have a text file.
     paths = list(dict.fromkeys([*rows, *filter(is_image, files)]))
-    paths = _of_split(paths, root, config.dataset_split)
+    splits = _by_split(paths, root)
+    return {split: partial(_read, root, rows, paths, config) for split, paths in splits.items()}
+
+
+def _read(
+    root: Path, rows: dict[Path, dict[str, Any]], paths: list[Path], config: DataConfig
+) -> Dataset:
+    columns = sorted({column for row in rows.values() for column in row} - {"file_name"})
     captions = [
         texts(rows.get(path, {}).get(config.caption_column), path.as_posix())
         or _sidecar(root / path)
@@ -114,16 +123,15 @@ def _check_names(files: list[str]) -> None:
         )
 
 
-def _of_split(paths: list[Path], root: Path, split: str) -> list[Path]:
-    """The paths in the folders of ``split``; all, as train, if the folder is not so divided."""
+def _by_split(paths: list[Path], root: Path) -> dict[str, list[Path]]:
+    """The paths in the folders of each split; all, as train, if the folder is not so divided."""
     tops = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in paths}
-    divided = tops <= SPLIT_FOLDERS.keys()
-    splits = sorted({SPLIT_FOLDERS[top] for top in tops}) if divided else ["train"]
-    if split not in splits:
-        raise UserError(f"--dataset_split {split}: {root} has no such split, only {splits}.")
-    if not divided:
-        return paths
-    return [path for path in paths if SPLIT_FOLDERS[path.parts[0].lower()] == split]
+    if not tops <= SPLIT_FOLDERS.keys():
+        return {"train": paths}
+    splits = {split: [] for split in sorted({SPLIT_FOLDERS[top] for top in tops})}
+    for path in paths:
+        splits[SPLIT_FOLDERS[path.parts[0].lower()]].append(path)
+    return splits
 
 
 def _explain_no_captions(

@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -20,9 +20,18 @@ from huggingface_hub import metadata_load
 from iet_sd.config import DataConfig
 from iet_sd.data import checks
 from iet_sd.data.archives import read_archives
-from iet_sd.data.folder import IMAGE_SUFFIXES, METADATA_NAMES, is_image, read_folder, walk
+from iet_sd.data.folder import (
+    IMAGE_SUFFIXES,
+    METADATA_NAMES,
+    Splits,
+    is_image,
+    open_folder,
+    walk,
+)
 from iet_sd.errors import UserError
 
+# Turns errors of what is read within into `UserError`.
+Guard = Callable[[], AbstractContextManager[None]]
 TABLE_SUFFIXES = (".parquet", ".arrow")
 ARCHIVE_SUFFIXES = (".tar", ".zip")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -41,31 +50,57 @@ _READ_ERRORS = (
 def read_rows(config: DataConfig) -> Dataset:
     """All rows of the split the settings name, images not decoded.
 
-    Errors: `UserError` if nothing is there or it cannot be read.
+    Errors: as `require_split`, and `UserError` if it cannot be read.
     """
+    return require_split(config)()
+
+
+def require_split(config: DataConfig) -> Callable[[], Dataset]:
+    """What reads the split the settings name, or where they name none the only one there is.
+
+    Errors: `UserError` if nothing is there, or no such split, or not one alone.
+    """
+    splits, split = _open(config), config.dataset_split
+    flag = "train_data_dir" if config.train_data_dir else "dataset_name"
+    place = config.train_data_dir or config.dataset_name
+    if split is None and len(splits) > 1:
+        raise UserError(
+            f"--{flag} {place}: expected a single split, found {list(splits)}. Give what holds "
+            "one of them alone: its folder, or its file."
+        )
+    if split is not None and split not in splits:
+        raise UserError(f"--dataset_split {split}: {place} has no such split, only {list(splits)}.")
+    return splits[split] if split is not None else next(iter(splits.values()))
+
+
+def _open(config: DataConfig) -> Splits:
     path = Path(config.train_data_dir or config.dataset_name or "").expanduser()
     if path.exists():
-        return _read_local(path, config)
+        return _open_local(path, config)
     if config.train_data_dir:
         raise UserError(f"--train_data_dir {path}: no such folder or file.")
-    return _read_hub(config)
+    name = config.dataset_name
+    if not _HUB_ID.fullmatch(name):
+        raise UserError(f"--dataset_name {name}: no such folder, and not a name on the Hub.")
+    return _built(partial(_hub, name), name, config, name=config.dataset_config_name)
 
 
-def _read_local(path: Path, config: DataConfig) -> Dataset:
+def _open_local(path: Path, config: DataConfig) -> Splits:
     if path.is_file():
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
         if kind is None:
             raise UserError(f"{path}: expected a folder, a .parquet file or a .tar archive.")
-        with _local(path):
-            return _load(kind, path, config, data_files=str(path))
+        return _built(partial(_local, path), kind, config, data_files=str(path))
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         with _local(path):
             content = datasets.load_from_disk(str(path))
-        return _split_of(content, config, path)
-    return _read_directory(path, walk(path), config)
+        return _in_memory(
+            {content.split or "train": content} if isinstance(content, Dataset) else content
+        )
+    return _open_directory(path, walk(path), config)
 
 
-def _read_directory(path: Path, files: list[Path], config: DataConfig) -> Dataset:
+def _open_directory(path: Path, files: list[Path], config: DataConfig) -> Splits:
     """What its files hold: tables that hold images, else images, else archives.
 
     So a table of other things, as img2dataset writes beside images and archives, hides neither;
@@ -77,15 +112,15 @@ def _read_directory(path: Path, files: list[Path], config: DataConfig) -> Datase
     schemas = ((path / name, _schema(path / name)) for name in names)
     table = next((table for table, schema in schemas if _holds_images(schema)), None)
     if table is not None:
-        return _read_tables(path, table, config)
+        tables = _built(partial(_local, path), str(path), config, name=config.dataset_config_name)
+        return {s: partial(_with_images, read, table, config) for s, read in tables.items()}
     if any(map(is_image, files)):
-        return read_folder(path, files, config)
+        return open_folder(path, files, config)
     suffixes = {file.suffix for file in files}
     if ".tar" in suffixes and not _is_described(path):
-        return _read_archives(path, config)
+        return _open_archives(path, config)
     if not suffixes.isdisjoint(ARCHIVE_SUFFIXES):
-        with _local(path):
-            return _load(str(path), path, config, name=config.dataset_config_name)
+        return _built(partial(_local, path), str(path), config, name=config.dataset_config_name)
     found = f"{len(files)} other files"
     if names:
         columns = ", ".join(_schema(path / names[0]).names)
@@ -124,10 +159,9 @@ def _holds_images(schema: pyarrow.Schema) -> bool:
     )
 
 
-def _read_tables(path: Path, table: Path, config: DataConfig) -> Dataset:
-    """The tables of a folder, which are read because of the images in ``table``."""
-    with _local(path):
-        rows = _load(str(path), path, config, name=config.dataset_config_name)
+def _with_images(read: Callable[[], Dataset], table: Path, config: DataConfig) -> Dataset:
+    """Rows of a folder's tables, which are read because of the images in ``table``."""
+    rows = read()
     try:
         checks.require_column(rows, "image_column", config.image_column, "images", checks.is_image)
     except UserError as error:
@@ -145,57 +179,42 @@ def _is_described(path: Path) -> bool:
         return card.is_file() and "configs" in (metadata_load(card) or {})
 
 
-def _read_archives(path: Path, config: DataConfig) -> Dataset:
+def _open_archives(path: Path, config: DataConfig) -> Splits:
     """The .tar archives of a folder, split by their names as `load_dataset` splits files.
 
     It is not asked itself, since it counts files: of as many .json it would read these.
     """
     only = {"base_path": str(path.absolute()), "allowed_extensions": [".tar"]}
-    with _local(path):
+    guard = partial(_local, path)
+    with guard():
         patterns = _get_data_files_patterns(partial(resolve_pattern, **only))
-        archives = _split_of(DataFilesDict.from_patterns(patterns, **only), config, path)
-        return read_archives(list(archives), config)
+        archives = DataFilesDict.from_patterns(patterns, **only)
+    return {str(s): partial(_fetched, guard, list(a), config) for s, a in archives.items()}
 
 
-def _read_hub(config: DataConfig) -> Dataset:
-    name = config.dataset_name
-    if not _HUB_ID.fullmatch(name):
-        raise UserError(f"--dataset_name {name}: no such folder, and not a name on the Hub.")
-    try:
-        return _load(name, name, config, name=config.dataset_config_name)
-    except _READ_ERRORS as error:
-        if mistake := _mistake_in(error):
-            raise mistake from error
-        raise UserError(
-            f"--dataset_name {name}: no such folder here, and the Hub answered: "
-            f"{_message(error)} If it is a folder, check the path; if it is on the Hub, check "
-            "the name, the network, and `hf auth login` for private data sets."
-        ) from error
-
-
-def _load(source: str, place: str | Path, config: DataConfig, **options: Any) -> Dataset:
+def _built(guard: Guard, source: str, config: DataConfig, **options: Any) -> Splits:
     """What `datasets.load_dataset` reads; archives as `read_archives` does."""
-    builder = datasets.load_dataset_builder(source, cache_dir=config.cache_dir, **options)
-    if isinstance(builder, WebDataset):
-        archives = _split_of(builder.config.data_files, config, place)
-        cache = config.cache_dir and str(Path(config.cache_dir, "downloads"))
+    with guard():
+        builder = datasets.load_dataset_builder(source, cache_dir=config.cache_dir, **options)
+        if isinstance(builder, WebDataset):
+            archives = builder.config.data_files
+            return {str(s): partial(_fetched, guard, list(a), config) for s, a in archives.items()}
+        builder.download_and_prepare()
+        return _in_memory(builder.as_dataset())
+
+
+def _fetched(guard: Guard, archives: list[str], config: DataConfig) -> Dataset:
+    """The samples of archives here or on the Hub."""
+    cache = config.cache_dir and str(Path(config.cache_dir, "downloads"))
+    with guard():
         manager = datasets.DownloadManager(
             download_config=datasets.DownloadConfig(cache_dir=cache),
         )
-        return read_archives(manager.download(list(archives)), config)
-    builder.download_and_prepare()
-    return _split_of(builder.as_dataset(), config, place)
+        return read_archives(manager.download(archives), config)
 
 
-def _split_of(content: Any, config: DataConfig, place: str | Path) -> Any:
-    """The split that is asked for, of what there is: a mapping, or a data set of one."""
-    splits = {str(content.split or "train"): content} if isinstance(content, Dataset) else content
-    if config.dataset_split not in splits:
-        raise UserError(
-            f"--dataset_split {config.dataset_split}: {place} has no such split, "
-            f"only {list(splits)}."
-        )
-    return splits[config.dataset_split]
+def _in_memory(content: Mapping[Any, Dataset]) -> Splits:
+    return {str(split): (lambda rows=rows: rows) for split, rows in content.items()}
 
 
 @contextmanager
@@ -214,6 +233,21 @@ def _local(path: Path) -> Iterator[None]:
         datasets.logging.set_verbosity(verbosity)
         if bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def _hub(name: str) -> Iterator[None]:
+    """Turns errors of the Hub, and of what was read there, into `UserError`."""
+    try:
+        yield
+    except _READ_ERRORS as error:
+        if mistake := _mistake_in(error):
+            raise mistake from error
+        raise UserError(
+            f"--dataset_name {name}: no such folder here, and the Hub answered: "
+            f"{_message(error)} If it is a folder, check the path; if it is on the Hub, check "
+            "the name, the network, and `hf auth login` for private data sets."
+        ) from error
 
 
 def _mistake_in(error: BaseException | None) -> UserError | None:

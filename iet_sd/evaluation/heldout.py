@@ -19,14 +19,19 @@ _BAR_FROM = 1000
 
 
 def heldout_of(data: DataConfig) -> DataConfig:
-    """Where the held-out images are, read as the training images are."""
+    """Where the held-out images are, read as the training images are.
+
+    A place of their own holds a single split, of any name: that of the training images says
+    nothing of it.
+    """
     changes: dict[str, Any] = dict.fromkeys(
         ("heldout_split", "heldout_data_dir", "max_train_samples", "repeats_column")
     )
     if data.heldout_split:
         changes["dataset_split"] = data.heldout_split
     else:
-        changes |= {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
+        place = {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
+        changes |= {**place, "dataset_split": None}
     return replace(data, **changes)
 
 

@@ -163,19 +163,6 @@ def test_folder_that_links_lead_to_is_read_once(folder, config):
     assert found == ("linked/d.png", "linked/in/e.png", "shown/c.png", "z/a.png", "z/y/b.png")
 
 
-def test_image_named_train_does_not_make_a_split(folder, config):
-    assert len(load_source(config(folder(["a.png", "train.png", "test.png"]))).dataset) == 3
-
-
-def test_folders_of_splits(folder, config):
-    root = folder(["train/a.png", "train/x/b.png", "val/c.png"])
-    assert load_source(config(root)).sample_ids == ("train/a.png", "train/x/b.png")
-    held_out = load_source(config(root, dataset_split="validation"))
-    assert held_out.sample_ids == ("val/c.png",)
-    message = error_of(config(root, dataset_split="test"))
-    assert "['train', 'validation']" in message
-
-
 def test_metadata_column_named_sample_id(folder, config):
     rows = [{"file_name": n, "text": n, "sample_id": i} for i, n in enumerate(["a.png", "b.png"])]
     source = load_source(config(folder(["a.png", "b.png"], rows)))
