@@ -1,6 +1,7 @@
 """Where rows come from: the Hub, parquet files, archives, a data set saved to disk, a folder."""
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +34,6 @@ from iet_sd.errors import UserError
 # Turns errors of what is read within into `UserError`.
 Guard = Callable[[], AbstractContextManager[None]]
 TABLE_SUFFIXES = (".parquet", ".arrow")
-ARCHIVE_SUFFIXES = (".tar", ".zip")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _READ_ERRORS = (
     OSError,
@@ -108,23 +108,23 @@ def _open_directory(path: Path, files: list[Path], config: DataConfig) -> Splits
 
     files: what `walk` found. Errors: `UserError`, also if there is none of these.
     """
-    names = [f for f in files if f.suffix in TABLE_SUFFIXES and f.name not in METADATA_NAMES]
-    schemas = ((path / name, _schema(path / name)) for name in names)
-    table = next((table for table, schema in schemas if _holds_images(schema)), None)
-    if table is not None:
-        tables = _built(partial(_local, path), str(path), config, name=config.dataset_config_name)
-        return {s: partial(_with_images, read, table, config) for s, read in tables.items()}
-    if any(map(is_image, files)):
+    tables = [
+        path / f for f in files if f.suffix in TABLE_SUFFIXES and f.name not in METADATA_NAMES
+    ]
+    pictured = [table for table in tables if _holds_images(_schema(table))]
+    archives = [path / file for file in files if file.suffix == ".tar"]
+    if not pictured and any(map(is_image, files)):
         return open_folder(path, files, config)
-    suffixes = {file.suffix for file in files}
-    if ".tar" in suffixes and not _is_described(path):
-        return _open_archives(path, config)
-    if not suffixes.isdisjoint(ARCHIVE_SUFFIXES):
+    if (pictured or archives) and not _is_described(path):
+        if pictured:
+            return _open_tables(path, pictured, config)
+        return _open_archives(path, archives, config)
+    if pictured or archives or any(file.suffix == ".zip" for file in files):
         return _built(partial(_local, path), str(path), config, name=config.dataset_config_name)
     found = f"{len(files)} other files"
-    if names:
-        columns = ", ".join(_schema(path / names[0]).names)
-        found += f", of which {names[0]} has no column of images, only {columns}"
+    if tables:
+        columns = ", ".join(_schema(tables[0]).names)
+        found += f", of which {tables[0]} has no column of images, only {columns}"
     raise UserError(
         f"{path} holds no images. Expected files like {', '.join(IMAGE_SUFFIXES)}, in it or "
         "in folders of it, or parquet files with images, .tar archives, or a data set saved to "
@@ -159,6 +159,14 @@ def _holds_images(schema: pyarrow.Schema) -> bool:
     )
 
 
+def _open_tables(path: Path, tables: list[Path], config: DataConfig) -> Splits:
+    """Tables with images; those of the first one's format."""
+    alike = [table for table in tables if table.suffix == tables[0].suffix]
+    files, kind = _by_split(path, alike), alike[0].suffix.removeprefix(".")
+    splits = _built(partial(_local, path), kind, config, data_files=files)
+    return {s: partial(_with_images, read, alike[0], config) for s, read in splits.items()}
+
+
 def _with_images(read: Callable[[], Dataset], table: Path, config: DataConfig) -> Dataset:
     """Rows of a folder's tables, which are read because of the images in ``table``."""
     rows = read()
@@ -179,17 +187,30 @@ def _is_described(path: Path) -> bool:
         return card.is_file() and "configs" in (metadata_load(card) or {})
 
 
-def _open_archives(path: Path, config: DataConfig) -> Splits:
-    """The .tar archives of a folder, split by their names as `load_dataset` splits files.
+def _open_archives(path: Path, archives: list[Path], config: DataConfig) -> Splits:
+    guard, splits = partial(_local, path), _by_split(path, archives)
+    return {split: partial(_fetched, guard, files, config) for split, files in splits.items()}
 
-    It is not asked itself, since it counts files: of as many .json it would read these.
+
+def _by_split(path: Path, files: list[Path]) -> dict[str, list[str]]:
+    """These files of a folder by the splits that their names tell, as `load_dataset` tells them.
+
+    It is not asked itself, since it reads the files of the kind that it counts most of.
     """
-    only = {"base_path": str(path.absolute()), "allowed_extensions": [".tar"]}
-    guard = partial(_local, path)
-    with guard():
-        patterns = _get_data_files_patterns(partial(resolve_pattern, **only))
-        archives = DataFilesDict.from_patterns(patterns, **only)
-    return {str(s): partial(_fetched, guard, list(a), config) for s, a in archives.items()}
+    wanted = {os.path.realpath(file) for file in files}
+    only = {"base_path": str(path.absolute()), "allowed_extensions": [files[0].suffix]}
+
+    def among(pattern: str) -> list[str]:
+        found = resolve_pattern(pattern, **only)
+        return [file for file in found if os.path.realpath(file) in wanted]
+
+    with _local(path):
+        patterns = _get_data_files_patterns(among)
+        found = DataFilesDict.from_patterns(patterns, **only)
+    return {
+        str(split): [file for file in named if os.path.realpath(file) in wanted]
+        for split, named in found.items()
+    }
 
 
 def _built(guard: Guard, source: str, config: DataConfig, **options: Any) -> Splits:

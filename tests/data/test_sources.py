@@ -42,6 +42,22 @@ def test_folder_of_parquet_files_with_splits(config, tmp_path, flag):
     assert "['train', 'test']" in error_of(settings("held-out"))
 
 
+def test_tables_with_images_among_other_files(config, tmp_path):
+    """However many there are of these, and of tables that hold none."""
+    root = tmp_path / "tables"
+    root.mkdir()
+    table(2).to_parquet(root / "data.parquet")
+    Dataset.from_dict({"url": ["u"], "status": ["success"]}).to_parquet(root / "urls.parquet")
+    for number in range(3):
+        (root / f"{number}_stats.json").write_text('{"count": 2}')
+        (root / f"{number}.png").write_bytes(png(7)["bytes"])
+    assert reds(load_source(config(root))) == [0, 1]
+    table(1, first=5).to_parquet(root / "test.parquet")
+    (root / "data.parquet").rename(root / "train.parquet")
+    assert reds(load_source(config(root))) == [0, 1]
+    assert reds(load_source(config(root, dataset_split="test"))) == [5]
+
+
 def test_parquet_file_changed_between_two_runs(config, tmp_path):
     for place, shown in [(tmp_path / "one", tmp_path / "one/x.parquet"), (tmp_path / "two",) * 2]:
         place.mkdir()
