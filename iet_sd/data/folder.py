@@ -32,7 +32,7 @@ IMAGE_SUFFIXES = (
 )
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECAR_SUFFIXES = (".caption", ".txt")
-# Folders of these names at the top hold splits, if all images lie in such folders.
+# Folders of these names at the top hold splits; then all images must lie in such folders.
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -84,7 +84,7 @@ def open_folder(root: Path, files: list[Path], config: DataConfig) -> Splits:
     rows = _metadata(root, files)
     # Images no metadata name come last: they may have a text file.
     paths = list(dict.fromkeys([*rows, *filter(is_image, files)]))
-    splits = _by_split(paths, root)
+    splits = _by_split(paths, root, config.dataset_split)
     return {split: partial(_read, root, rows, paths, config) for split, paths in splits.items()}
 
 
@@ -123,15 +123,31 @@ def _check_names(files: list[str]) -> None:
         )
 
 
-def _by_split(paths: list[Path], root: Path) -> dict[str, list[Path]]:
-    """The paths in the folders of each split; all, as train, if the folder is not so divided."""
-    tops = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in paths}
-    if not tops <= SPLIT_FOLDERS.keys():
-        return {"train": paths}
-    splits = {split: [] for split in sorted({SPLIT_FOLDERS[top] for top in tops})}
+def _by_split(paths: list[Path], root: Path, split: str | None) -> dict[str, list[Path]]:
+    """The paths by split: by their folders at the top, if these are named so; else all, as train.
+
+    Errors: `UserError` if some are in folders named as splits and others are not. A class may be
+    called train, and a picture may lie beside train/ and test/, but which of it is meant cannot be
+    told, and to train on test/ is what nobody would notice. ``split`` is what is asked for.
+    """
+    splits: dict[str | None, list[Path]] = {}
     for path in paths:
-        splits[SPLIT_FOLDERS[path.parts[0].lower()]].append(path)
-    return splits
+        name = path.parts[0].lower() if len(path.parts) > 1 else ""
+        splits.setdefault(SPLIT_FOLDERS.get(name), []).append(path)
+    others = splits.pop(None, [])
+    if not splits:
+        return {"train": others}
+    if others:
+        folders = {path.parts[0]: name for name, found in splits.items() for path in found}
+        own = next((f for f, name in folders.items() if name == split), next(iter(folders)))
+        beside = sorted({path.parts[0] + "/" * (len(path.parts) > 1) for path in others})
+        raise UserError(
+            f"{root}: folders named as splits, {listed(sorted(folders))}, lie beside "
+            f"{listed(beside)}. Expected all images in such folders, or none. Move away what is "
+            f"beside them, name a folder itself, as by --train_data_dir {root / own}, or rename "
+            "folders that are no splits."
+        )
+    return dict(sorted(splits.items()))
 
 
 def _explain_no_captions(
