@@ -31,7 +31,8 @@ class DataConfig:
     caption_column: str = "text"
     """Column with the caption, or a list of captions of which each visit draws one."""
     sample_id_column: str | None = None
-    """Column with a stable name per sample. Default: sample_id or file name, else position."""
+    """Column with a stable name per sample. Default: sample_id if it names each by its own, or file
+    name, else position."""
     group_column: str | None = None
     """Column whose equal values mark near-duplicates, kept in one shard by the seeded split."""
     repeats_column: str | None = None

@@ -9,6 +9,7 @@ import csv
 import io
 import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,9 +22,10 @@ from datasets import Dataset, Features, Image, List, Value
 from iet_sd.config import DataConfig
 from iet_sd.config.checks import SURROGATE
 from iet_sd.data.captions import texts
-from iet_sd.data.checks import is_filled, listed
+from iet_sd.data.checks import fault_of_names, is_filled, listed
 from iet_sd.errors import UserError
 
+logger = logging.getLogger("iet_sd")
 # Reads each split of what was opened.
 Splits = dict[str, Callable[[], Dataset]]
 IMAGE_SUFFIXES = (
@@ -75,7 +77,8 @@ def open_folder(root: Path, files: list[Path], config: DataConfig) -> Splits:
     """The images of ``root`` with a list of captions each, the metadata's order first; by split.
 
     Columns: the image (undecoded), the captions, ``sample_id`` (path within ``root``, unless the
-    metadata have such a column), and what else the metadata hold, as texts.
+    metadata have such a column that names each by its own, or it is asked for), and what else the
+    metadata hold, as texts.
 
     files: what `walk` found.
     Errors: `UserError` for metadata that cannot be read, or as `_by_split`; when a split is read,
@@ -102,7 +105,12 @@ def _read(
     content: dict[str, list[Any]] = {"sample_id": [path.as_posix() for path in paths]}
     for column in columns:
         values = [rows.get(path, {}).get(column) for path in paths]
-        content[column] = [str(value) if is_filled(value) else None for value in values]
+        values = [str(value) if is_filled(value) else None for value in values]
+        by_chance = column == "sample_id" != config.sample_id_column
+        if by_chance and (fault := fault_of_names(values, column)):
+            logger.warning("%s Images are named by their paths; see --sample_id_column.", fault)
+        else:
+            content[column] = values
     files_of = [str(root / path) for path in paths]
     _check_names(files_of)
     features = dict.fromkeys(content, Value("string"))

@@ -152,9 +152,36 @@ def test_sample_ids(config, tmp_path):
     assert "sample_id, key" in error_of(config(tmp_path / "x", sample_id_column="nothing"))
 
 
-def test_sample_id_left_empty(config, tmp_path):
-    table(sample_id=["x", None, "z"]).save_to_disk(tmp_path / "x")
-    assert "only 2 of 3" in error_of(config(tmp_path / "x"))
+BY_CHANCE = {
+    "left empty": (["x", None, "z"], "names only 2 of 3"),
+    "twice the same": (["x", "y", "x"], "more than one row has x."),
+    "no names": ([1.0, 2.0, 3.0], "holds Value('float64'), not names."),
+}
+
+
+@pytest.mark.parametrize(("values", "why"), BY_CHANCE.values(), ids=BY_CHANCE)
+def test_sample_id_that_names_no_samples(config, tmp_path, caplog, values, why):
+    """It is an error only where it was asked for, and however many samples are taken."""
+    table(sample_id=values).save_to_disk(tmp_path / "x")
+    for count in (None, 1):
+        caplog.clear()
+        source = load_source(config(tmp_path / "x", max_train_samples=count))
+        assert source.sample_ids == ("000000", "000001", "000002")[:count]
+        [line] = caplog.messages
+        assert why in line
+        assert "Samples are named by their positions" in line
+    message = error_of(config(tmp_path / "x", sample_id_column="sample_id"))
+    assert why.removesuffix(".") in message
+    assert "--sample_id_column" in message
+
+
+def test_sample_id_of_a_folder_that_names_no_images(folder, config, caplog):
+    rows = [{"file_name": n, "text": n, "sample_id": "x"} for n in ("a.png", "b.png")]
+    root = folder(["a.png", "b.png"], rows)
+    assert load_source(config(root)).sample_ids == ("a.png", "b.png")
+    [line] = caplog.messages
+    assert "more than one row has x. Images are named by their paths" in line
+    assert "more than one row has x." in error_of(config(root, sample_id_column="sample_id"))
 
 
 def test_position_names_survive_a_skip(config, tmp_path):
