@@ -195,6 +195,7 @@ MISTAKES = {
     "contradiction": ({"method": "none", "num_shards": 4}, "--method none is plain"),
     "nothing to resume": ({"resume_from_checkpoint": "checkpoint-7"}, "not a checkpoint folder"),
     "no such held-out folder": ({"heldout_data_dir": "nowhere"}, "--heldout_data_dir nowhere"),
+    "no such held-out split": ({"heldout_split": "tset"}, "--heldout_split tset: "),
     "a LoRA's flag": ({"rank": 8}, "--rank needs --train_mode lora"),
     "odd resolution": ({"resolution": 36}, "multiple of 8"),
     "missing tracker": ({"report_to": "wandb"}, "pip install wandb"),

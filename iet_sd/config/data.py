@@ -19,18 +19,20 @@ class DataConfig:
     train_data_dir: str | None = None
     """Local data: images with metadata.jsonl, metadata.csv or .txt / .caption files; parquet;
     WebDataset archives (.tar); or a data set saved to disk."""
-    dataset_split: str = "train"
-    """Split of the data set to train on."""
+    dataset_split: str | None = "train"
+    """Split of the data set to train on; null in a file: the only one there is."""
     heldout_split: str | None = None
     """Split of the same data set that is never trained on: what evaluation compares with."""
     heldout_data_dir: str | None = None
-    """Held-out images of the same kind in a place of their own, read as --train_data_dir is."""
+    """Held-out images of the same kind in a place of their own, read as --train_data_dir is; of a
+    single split, whatever its name."""
     image_column: str = "image"
     """Column with the image."""
     caption_column: str = "text"
     """Column with the caption, or a list of captions of which each visit draws one."""
     sample_id_column: str | None = None
-    """Column with a stable name per sample. Default: sample_id or file name, else position."""
+    """Column with a stable name per sample. Default: sample_id if it names each by its own, or file
+    name, else position."""
     group_column: str | None = None
     """Column whose equal values mark near-duplicates, kept in one shard by the seeded split."""
     repeats_column: str | None = None
@@ -87,7 +89,7 @@ class DataConfig:
             raise UserError(
                 "--heldout_split and --heldout_data_dir both name the held-out images: give one."
             )
-        if self.heldout_split == self.dataset_split:
+        if self.heldout_split and self.heldout_split == self.dataset_split:
             raise UserError(
                 f"--heldout_split {self.heldout_split} is the split that is trained on; held-out "
                 "images must be others."

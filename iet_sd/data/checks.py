@@ -1,5 +1,6 @@
 """Checks of the training data before a run: columns, captions, images."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -70,6 +71,20 @@ def is_name(feature: Any) -> bool:
     return isinstance(feature, datasets.Value | datasets.ClassLabel) and (
         feature.dtype in _TEXT_TYPES or "int" in feature.dtype
     )
+
+
+def fault_of_names(values: list[Any], column: str) -> str | None:
+    """Why values do not name samples: each must have one, and no two the same. Else None."""
+    names = [str(value) for value in values if is_filled(value)]
+    if len(names) < len(values):
+        return f"Column {column!r} names only {len(names)} of {len(values)} samples."
+    if len(set(names)) < len(names):
+        doubles = [name for name, count in Counter(names).items() if count > 1]
+        return (
+            f"Column {column!r} does not tell samples apart: more than one row has "
+            f"{listed(doubles)}."
+        )
+    return None
 
 
 def is_image(feature: Any) -> bool:

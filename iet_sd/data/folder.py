@@ -9,8 +9,10 @@ import csv
 import io
 import itertools
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +22,19 @@ from datasets import Dataset, Features, Image, List, Value
 from iet_sd.config import DataConfig
 from iet_sd.config.checks import SURROGATE
 from iet_sd.data.captions import texts
-from iet_sd.data.checks import is_filled, listed
+from iet_sd.data.checks import fault_of_names, is_filled, listed
 from iet_sd.errors import UserError
 
+logger = logging.getLogger("iet_sd")
+# Reads each split of what was opened.
+Splits = dict[str, Callable[[], Dataset]]
 IMAGE_SUFFIXES = (
     *(".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm"),
     *(".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"),
 )
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SIDECAR_SUFFIXES = (".caption", ".txt")
-# Folders of these names at the top hold splits, if all images lie in such folders.
+# Folders of these names at the top hold splits; then all images must lie in such folders.
 SPLIT_FOLDERS = {
     "train": "train",
     "training": "train",
@@ -68,21 +73,28 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
-    """The images of ``root`` with a list of captions each, the metadata's order first.
+def open_folder(root: Path, files: list[Path], config: DataConfig) -> Splits:
+    """The images of ``root`` with a list of captions each, the metadata's order first; by split.
 
     Columns: the image (undecoded), the captions, ``sample_id`` (path within ``root``, unless the
-    metadata have such a column), and what else the metadata hold, as texts.
+    metadata have such a column that names each by its own, or it is asked for), and what else the
+    metadata hold, as texts.
 
     files: what `walk` found.
-    Errors: `UserError` for metadata that cannot be read, a split or caption column that does not
-    exist, or a folder without captions.
+    Errors: `UserError` for metadata that cannot be read, or as `_by_split`; when a split is read,
+    for a caption column that does not exist, or no captions.
     """
     rows = _metadata(root, files)
-    columns = sorted({column for row in rows.values() for column in row} - {"file_name"})
     # Images no metadata name come last: they may have a text file.
     paths = list(dict.fromkeys([*rows, *filter(is_image, files)]))
-    paths = _of_split(paths, root, config.dataset_split)
+    splits = _by_split(paths, root, config.dataset_split)
+    return {split: partial(_read, root, rows, paths, config) for split, paths in splits.items()}
+
+
+def _read(
+    root: Path, rows: dict[Path, dict[str, Any]], paths: list[Path], config: DataConfig
+) -> Dataset:
+    columns = sorted({column for row in rows.values() for column in row} - {"file_name"})
     captions = [
         texts(rows.get(path, {}).get(config.caption_column), path.as_posix())
         or _sidecar(root / path)
@@ -93,7 +105,12 @@ def read_folder(root: Path, files: list[Path], config: DataConfig) -> Dataset:
     content: dict[str, list[Any]] = {"sample_id": [path.as_posix() for path in paths]}
     for column in columns:
         values = [rows.get(path, {}).get(column) for path in paths]
-        content[column] = [str(value) if is_filled(value) else None for value in values]
+        values = [str(value) if is_filled(value) else None for value in values]
+        by_chance = column == "sample_id" != config.sample_id_column
+        if by_chance and (fault := fault_of_names(values, column)):
+            logger.warning("%s Images are named by their paths; see --sample_id_column.", fault)
+        else:
+            content[column] = values
     files_of = [str(root / path) for path in paths]
     _check_names(files_of)
     features = dict.fromkeys(content, Value("string"))
@@ -114,16 +131,31 @@ def _check_names(files: list[str]) -> None:
         )
 
 
-def _of_split(paths: list[Path], root: Path, split: str) -> list[Path]:
-    """The paths in the folders of ``split``; all, as train, if the folder is not so divided."""
-    tops = {path.parts[0].lower() if len(path.parts) > 1 else "" for path in paths}
-    divided = tops <= SPLIT_FOLDERS.keys()
-    splits = sorted({SPLIT_FOLDERS[top] for top in tops}) if divided else ["train"]
-    if split not in splits:
-        raise UserError(f"--dataset_split {split}: {root} has no such split, only {splits}.")
-    if not divided:
-        return paths
-    return [path for path in paths if SPLIT_FOLDERS[path.parts[0].lower()] == split]
+def _by_split(paths: list[Path], root: Path, split: str | None) -> dict[str, list[Path]]:
+    """The paths by split: by their folders at the top, if these are named so; else all, as train.
+
+    Errors: `UserError` if some are in folders named as splits and others are not. A class may be
+    called train, and a picture may lie beside train/ and test/, but which of it is meant cannot be
+    told, and to train on test/ is what nobody would notice. ``split`` is what is asked for.
+    """
+    splits: dict[str | None, list[Path]] = {}
+    for path in paths:
+        name = path.parts[0].lower() if len(path.parts) > 1 else ""
+        splits.setdefault(SPLIT_FOLDERS.get(name), []).append(path)
+    others = splits.pop(None, [])
+    if not splits:
+        return {"train": others}
+    if others:
+        folders = {path.parts[0]: name for name, found in splits.items() for path in found}
+        own = next((f for f, name in folders.items() if name == split), next(iter(folders)))
+        beside = sorted({path.parts[0] + "/" * (len(path.parts) > 1) for path in others})
+        raise UserError(
+            f"{root}: folders named as splits, {listed(sorted(folders))}, lie beside "
+            f"{listed(beside)}. Expected all images in such folders, or none. Move away what is "
+            f"beside them, name a folder itself, as by --train_data_dir {root / own}, or rename "
+            "folders that are no splits."
+        )
+    return dict(sorted(splits.items()))
 
 
 def _explain_no_captions(

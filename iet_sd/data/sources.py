@@ -1,6 +1,6 @@
 """The training data as one table: images, captions, stable names, and groups of near-duplicates."""
 
-from collections import Counter
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +18,18 @@ from iet_sd.data.tables import read_rows
 from iet_sd.data.transforms import cover
 from iet_sd.errors import UserError
 
+logger = logging.getLogger("iet_sd")
+# Taken for names without being asked for, if it serves.
+_SAMPLE_ID = "sample_id"
+
 
 def load_source(config: DataConfig) -> "Source":
     """The data that the settings name, checked.
 
-    Names of samples: --sample_id_column, else a column ``sample_id``, else in a folder of images
-    their paths, else positions in the data set. Groups: images that share what --group_column
-    says, or their bytes if all are checked (`group`). --max_train_samples takes the first rows,
-    before any is left out.
+    Names of samples: --sample_id_column, else a column ``sample_id`` that names each by its own,
+    else in a folder of images their paths, else positions in the data set. Groups: images that
+    share what --group_column says, or their bytes if all are checked (`group`).
+    --max_train_samples takes the first rows, before any is left out.
 
     Errors: one `UserError` for a mistake, with all the samples it concerns.
     """
@@ -33,9 +37,11 @@ def load_source(config: DataConfig) -> "Source":
     checks.require_column(rows, "image_column", config.image_column, "images", checks.is_image)
     checks.require_column(rows, "caption_column", config.caption_column, "texts", checks.is_text)
     rows = rows.cast_column(config.image_column, datasets.Image(decode=False))
+    # Of all rows, so that what a sample is called does not depend on how many are taken.
+    names = _sample_ids(rows, config)
     if config.max_train_samples is not None:
         rows = rows.select(range(min(config.max_train_samples, len(rows))))
-    names = _sample_ids(rows, config)
+        names = names[: len(rows)]
     group_names, repeats = _group_names(rows, config), _repeats(rows, names, config)
     excluded = checks.missing_captions(rows, names, config)
     kept = [i for i in range(len(rows)) if i not in excluded]
@@ -78,23 +84,32 @@ def _spare(size: Size | None, buckets: Sequence[Size]) -> bool:
 
 
 def _sample_ids(rows: Dataset, config: DataConfig) -> list[str]:
-    column = config.sample_id_column or ("sample_id" if "sample_id" in rows.features else None)
-    if column is None:
-        return [f"{position:06d}" for position in range(len(rows))]
-    checks.require_column(rows, "sample_id_column", column, "names", checks.is_name)
-    names = [str(value) for value in checks.cells(rows, column) if checks.is_filled(value)]
-    if len(names) < len(rows):
-        raise UserError(
-            f"Column {column!r} names only {len(names)} of {len(rows)} samples. Fill it, or name "
-            "another with --sample_id_column."
-        )
-    if len(set(names)) < len(names):
-        doubles = [name for name, count in Counter(names).items() if count > 1]
-        raise UserError(
-            f"Column {column!r} does not tell samples apart: more than one row has "
-            f"{checks.listed(doubles)}. Name another with --sample_id_column."
-        )
-    return names
+    asked = config.sample_id_column
+    if asked is None:
+        return _own_names(rows) or [f"{position:06d}" for position in range(len(rows))]
+    checks.require_column(rows, "sample_id_column", asked, "names", checks.is_name)
+    names = checks.cells(rows, asked)
+    if fault := checks.fault_of_names(names, asked):
+        raise UserError(f"{fault} Fill it, or name another with --sample_id_column.")
+    return [str(name) for name in names]
+
+
+def _own_names(rows: Dataset) -> list[str] | None:
+    """What a column ``sample_id`` calls the rows; None if there is none, or it names no samples.
+
+    It may be called so by chance, so it is no mistake then, and the log says why.
+    """
+    if _SAMPLE_ID not in rows.features:
+        return None
+    feature, names = rows.features[_SAMPLE_ID], checks.cells(rows, _SAMPLE_ID)
+    if checks.is_name(feature):
+        fault = checks.fault_of_names(names, _SAMPLE_ID)
+    else:
+        fault = f"Column {_SAMPLE_ID!r} holds {feature}, not names."
+    if fault is None:
+        return [str(name) for name in names]
+    logger.warning("%s Samples are named by their positions; see --sample_id_column.", fault)
+    return None
 
 
 def _group_names(rows: Dataset, config: DataConfig) -> list[str | None]:

@@ -1,8 +1,9 @@
 """The held-out images: where they are, and that none of them was trained on."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from tqdm.auto import tqdm
 from iet_sd.config import DataConfig
 from iet_sd.data.checks import listed
 from iet_sd.data.sources import Source, load_source
+from iet_sd.data.tables import require_split
 from iet_sd.errors import UserError
 from iet_sd.evaluation.images import TableImages
 
@@ -19,14 +21,19 @@ _BAR_FROM = 1000
 
 
 def heldout_of(data: DataConfig) -> DataConfig:
-    """Where the held-out images are, read as the training images are."""
+    """Where the held-out images are, read as the training images are.
+
+    A place of their own holds a single split, of any name: that of the training images says
+    nothing of it.
+    """
     changes: dict[str, Any] = dict.fromkeys(
         ("heldout_split", "heldout_data_dir", "max_train_samples", "repeats_column")
     )
     if data.heldout_split:
         changes["dataset_split"] = data.heldout_split
     else:
-        changes |= {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
+        place = {"dataset_name": None, "train_data_dir": data.heldout_data_dir}
+        changes |= {**place, "dataset_split": None}
     return replace(data, **changes)
 
 
@@ -35,18 +42,31 @@ def load_heldout(data: DataConfig, train: Source) -> Source:
 
     Errors: as `load_source`, by the flags of held-out images, and as `check_disjoint`.
     """
-    flag = "dataset_split" if data.heldout_split else "train_data_dir"
-    own_flag = "heldout_split" if data.heldout_split else "heldout_data_dir"
-    try:
+    with _own_flags(data):
         heldout = load_source(heldout_of(data))
-    except UserError as error:
-        raise UserError(str(error).replace(f"--{flag} ", f"--{own_flag} ")) from error
     tables = (
         TableImages(source, data.resolution, data.image_interpolation_mode)
         for source in (train, heldout)
     )
     check_disjoint(*tables)
     return heldout
+
+
+def require_heldout_split(data: DataConfig) -> None:
+    """Errors: `UserError` if there is no --heldout_split in the data set. No image is read."""
+    with _own_flags(data):
+        require_split(heldout_of(data))
+
+
+@contextmanager
+def _own_flags(data: DataConfig) -> Iterator[None]:
+    """Errors name the flags of held-out images, not those of training images."""
+    flag = "dataset_split" if data.heldout_split else "train_data_dir"
+    own_flag = "heldout_split" if data.heldout_split else "heldout_data_dir"
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace(f"--{flag} ", f"--{own_flag} ")) from error
 
 
 def require_images(who: str, train: Source, heldout: Source | None = None) -> None:

@@ -6,7 +6,7 @@ import shutil
 import tarfile
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from PIL import Image
 
 from iet_sd.data.captions import texts
@@ -134,6 +134,29 @@ def test_splits_by_name(archives, config):
     assert captions(load_source(config(archives))) == [["one"]]
     assert captions(load_source(config(archives, dataset_split="test"))) == [["two"]]
     assert "has no such split" in error_of(config(archives, dataset_split="val"))
+
+
+@pytest.mark.parametrize("beside", [["json"], ["parquet"], ["json", "parquet"]])
+def test_archives_as_img2dataset_writes_them(beside, archives, config):
+    """With a table of URLs and a JSON of counts beside each."""
+    expected = load_source(config(archives, on_missing_caption="skip")).sample_ids
+    for path in list(archives.glob("*.tar")):
+        if "json" in beside:
+            path.with_name(f"{path.stem}_stats.json").write_text(json.dumps({"count": 2}))
+        if "parquet" in beside:
+            rows = {"url": ["u"], "caption": ["a"], "key": ["0001"], "status": ["success"]}
+            Dataset.from_dict(rows).to_parquet(path.with_suffix(".parquet"))
+    assert load_source(config(archives, on_missing_caption="skip")).sample_ids == expected
+
+
+def test_splits_by_the_card(archives, config):
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    for split, name in [("train", "00001"), ("test", "00000")]:
+        lines += [f"  - split: {split}", f"    path: {name}.tar"]
+    (archives / "README.md").write_text("\n".join([*lines, "---", "# Cats"]))
+    assert load_source(config(archives, on_missing_caption="skip")).sample_ids == ("sub/0004",)
+    heldout = load_source(config(archives, dataset_split="test"))
+    assert heldout.sample_ids == ("0001", "0002")
 
 
 def test_archive_changed_between_two_runs(config, tmp_path):

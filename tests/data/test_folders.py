@@ -1,5 +1,6 @@
 """Sources: folders of images, what is wrong with some, and bad images."""
 
+import json
 import os
 import shutil
 
@@ -80,6 +81,40 @@ def test_stray_archive_is_ignored(folder, config):
     assert load_source(config(root)).sample_ids == ("a.png",)
 
 
+def test_folder_as_img2dataset_writes_it(folder, config):
+    """A table, its counts, and a JSON of each image beside images and captions."""
+    root = folder(["00000/000000000.jpg", "00000/000000001.jpg"], rows=[])
+    for path in root.glob("*/*.jpg"):
+        path.with_suffix(".txt").write_text(f"caption {path.stem}")
+        path.with_suffix(".json").write_text(json.dumps({"url": "u", "key": path.stem}))
+    rows = {"url": ["u", "u"], "caption": ["a", "b"], "key": ["000000000", "000000001"]}
+    Dataset.from_dict(rows).to_parquet(root / "00000.parquet")
+    (root / "00000_stats.json").write_text(json.dumps({"count": 2}))
+    source = load_source(config(root))
+    assert source.sample_ids == ("00000/000000000.jpg", "00000/000000001.jpg")
+    assert captions(source) == [["caption 000000000"], ["caption 000000001"]]
+
+
+@pytest.mark.parametrize("name", ["labels.parquet", "labels.arrow"])
+def test_stray_table_hides_no_images(folder, config, name):
+    root = folder(["a.png"])
+    with_bytes = Dataset.from_dict({"file_name": ["a.png"], "hash": [b"x"]})
+    for rows in (with_bytes.remove_columns("hash"), with_bytes):
+        if name.endswith(".parquet"):
+            rows.to_parquet(root / name)
+        else:
+            rows.save_to_disk(root / "saved")
+            shutil.move(root / "saved" / "data-00000-of-00001.arrow", root / name)
+            shutil.rmtree(root / "saved")
+        if rows is not with_bytes:
+            assert captions(load_source(config(root))) == [["picture a.png"]]
+    message = error_of(config(root))
+    assert "Columns found: file_name, hash; for example --image_column hash." in message
+    assert f"Tables are read, since {root / name} has images or bytes" in message
+    (root / name).write_text("words")
+    assert f"{root / name} cannot be read" in error_of(config(root))
+
+
 def test_captions_as_lists_and_strings(folder, config):
     rows = [{"file_name": "a.png", "text": ["one", "", "two"]}, {"file_name": "b.png", "text": "b"}]
     source = load_source(config(folder(["a.png", "b.png"], rows)))
@@ -128,19 +163,6 @@ def test_folder_that_links_lead_to_is_read_once(folder, config):
     assert found == ("linked/d.png", "linked/in/e.png", "shown/c.png", "z/a.png", "z/y/b.png")
 
 
-def test_image_named_train_does_not_make_a_split(folder, config):
-    assert len(load_source(config(folder(["a.png", "train.png", "test.png"]))).dataset) == 3
-
-
-def test_folders_of_splits(folder, config):
-    root = folder(["train/a.png", "train/x/b.png", "val/c.png"])
-    assert load_source(config(root)).sample_ids == ("train/a.png", "train/x/b.png")
-    held_out = load_source(config(root, dataset_split="validation"))
-    assert held_out.sample_ids == ("val/c.png",)
-    message = error_of(config(root, dataset_split="test"))
-    assert "['train', 'validation']" in message
-
-
 def test_metadata_column_named_sample_id(folder, config):
     rows = [{"file_name": n, "text": n, "sample_id": i} for i, n in enumerate(["a.png", "b.png"])]
     source = load_source(config(folder(["a.png", "b.png"], rows)))
@@ -172,6 +194,12 @@ def test_no_such_folder(config, tmp_path):
 def test_empty_folder(config, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no images" in error_of(config(tmp_path / "empty"))
+
+
+def test_tables_that_hold_no_images(config, tmp_path):
+    Dataset.from_dict({"url": ["u"], "caption": ["a"]}).to_parquet(tmp_path / "00000.parquet")
+    assert "holds no images" in (message := error_of(config(tmp_path)))
+    assert "00000.parquet has no column of images, only url, caption." in message
 
 
 def test_wrong_kind_of_file(config, tmp_path):

@@ -42,6 +42,22 @@ def test_folder_of_parquet_files_with_splits(config, tmp_path, flag):
     assert "['train', 'test']" in error_of(settings("held-out"))
 
 
+def test_tables_with_images_among_other_files(config, tmp_path):
+    """However many there are of these, and of tables that hold none."""
+    root = tmp_path / "tables"
+    root.mkdir()
+    table(2).to_parquet(root / "data.parquet")
+    Dataset.from_dict({"url": ["u"], "status": ["success"]}).to_parquet(root / "urls.parquet")
+    for number in range(3):
+        (root / f"{number}_stats.json").write_text('{"count": 2}')
+        (root / f"{number}.png").write_bytes(png(7)["bytes"])
+    assert reds(load_source(config(root))) == [0, 1]
+    table(1, first=5).to_parquet(root / "test.parquet")
+    (root / "data.parquet").rename(root / "train.parquet")
+    assert reds(load_source(config(root))) == [0, 1]
+    assert reds(load_source(config(root, dataset_split="test"))) == [5]
+
+
 def test_parquet_file_changed_between_two_runs(config, tmp_path):
     for place, shown in [(tmp_path / "one", tmp_path / "one/x.parquet"), (tmp_path / "two",) * 2]:
         place.mkdir()
@@ -136,9 +152,36 @@ def test_sample_ids(config, tmp_path):
     assert "sample_id, key" in error_of(config(tmp_path / "x", sample_id_column="nothing"))
 
 
-def test_sample_id_left_empty(config, tmp_path):
-    table(sample_id=["x", None, "z"]).save_to_disk(tmp_path / "x")
-    assert "only 2 of 3" in error_of(config(tmp_path / "x"))
+BY_CHANCE = {
+    "left empty": (["x", None, "z"], "names only 2 of 3"),
+    "twice the same": (["x", "y", "x"], "more than one row has x."),
+    "no names": ([1.0, 2.0, 3.0], "holds Value('float64'), not names."),
+}
+
+
+@pytest.mark.parametrize(("values", "why"), BY_CHANCE.values(), ids=BY_CHANCE)
+def test_sample_id_that_names_no_samples(config, tmp_path, caplog, values, why):
+    """It is an error only where it was asked for, and however many samples are taken."""
+    table(sample_id=values).save_to_disk(tmp_path / "x")
+    for count in (None, 1):
+        caplog.clear()
+        source = load_source(config(tmp_path / "x", max_train_samples=count))
+        assert source.sample_ids == ("000000", "000001", "000002")[:count]
+        [line] = caplog.messages
+        assert why in line
+        assert "Samples are named by their positions" in line
+    message = error_of(config(tmp_path / "x", sample_id_column="sample_id"))
+    assert why.removesuffix(".") in message
+    assert "--sample_id_column" in message
+
+
+def test_sample_id_of_a_folder_that_names_no_images(folder, config, caplog):
+    rows = [{"file_name": n, "text": n, "sample_id": "x"} for n in ("a.png", "b.png")]
+    root = folder(["a.png", "b.png"], rows)
+    assert load_source(config(root)).sample_ids == ("a.png", "b.png")
+    [line] = caplog.messages
+    assert "more than one row has x. Images are named by their paths" in line
+    assert "more than one row has x." in error_of(config(root, sample_id_column="sample_id"))
 
 
 def test_position_names_survive_a_skip(config, tmp_path):
