@@ -16,21 +16,26 @@ def known_frechet(places: Sequence[Place]) -> list[Place]:
 
 
 def frechet_table(places: Sequence[Place]) -> str:
-    """A row for plain and each method: before training, at the lowest held-out loss, at the end.
-
-    And by how much it is then lower than plain's.
-    """
-    head = ["data", "method", "n"]
-    head += [f"{TITLES[q]}: before, at best, end; lower than plain's by" for q in _SHOWN]
+    """Four rows for each method: its course and plain's, and what that comes to."""
+    head = ["data", "method", "n", "distance", "plain: before, at best, end", "the method"]
+    head += ["lower by, at equal updates", "memorizes less, at equal distance"]
     rows = [head, ["---"] * len(head)]
     for place in places:
-        for label in ("plain", *place.paired):
-            runs, cells = place.methods[label], []
+        for label in place.paired:
             for quality in _SHOWN:
-                cell = ", ".join(f"{value:.3f}" for value in course(runs, quality))
-                if label != "plain":
-                    end = place.at_budget(label, "excess", quality)
-                    cell += f"; {interval(end.better, '{:+.3f}')}"
-                cells.append(cell)
-            rows.append([f"{place.setting}, {place.mode}", label, str(len(runs)), *cells])
+                equal = place.compare(label, "excess", quality)
+                rows.append(
+                    [
+                        f"{place.setting}, {place.mode}",
+                        label,
+                        str(len(place.seeds(label))),
+                        TITLES[quality],
+                        *(
+                            ", ".join(f"{value:.3f}" for value in course(runs, quality))
+                            for runs in (place.plain, place.others[label])
+                        ),
+                        interval(place.at_budget(label, "excess", quality).better, "{:+.4f}"),
+                        interval(equal.area, "{:+.4f}") if equal else "never better",
+                    ]
+                )
     return as_table(rows)

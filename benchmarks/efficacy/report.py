@@ -156,7 +156,8 @@ def _frechet(known: Sequence[Place]) -> str:
     return (
         "## The Fréchet distance\n\nTo held-out images, of features at length 1, as two Gaussians "
         "(FID's formula). So few pictures make it too high, as much so for each method: read "
-        "differences. Captions that were trained on, and not. Only of runs since it is read.\n\n"
+        "differences. Of captions that were trained on, and not; at equal distance as a "
+        f"{MEAN_OF_LEVELS} of the gain. Only of runs since it is read.\n\n"
         f"{frechet_table(known)}"
     )
 
