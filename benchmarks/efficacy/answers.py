@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from benchmarks.efficacy.analysis import AtBudget, verdict
+from benchmarks.efficacy.frechet import in_words as about_frechet
 from benchmarks.efficacy.glance import (
     BY_LOSS,
     BY_SPOILT,
@@ -44,12 +45,18 @@ def answers(
     found: Sequence[Finding],
     skips: Sequence[Skips],
     unseen: Sequence[Unseen],
+    frechet: Sequence[Place],
 ) -> str:
     """A list: is the goal reached, which parts help, where the best method loses, what to set."""
     judged = goals(places)
     points = [*_about_the_goal(judged), *_which_parts(found), *_what_is_skipped(skips)]
     if unseen:
         points.append(f"**Captions that were not trained on**: {'; '.join(in_words(unseen))}.")
+    if frechet:
+        points.append(
+            "**By the Fréchet distance to held-out images**, after as many updates, "
+            f"{'; '.join(about_frechet(frechet))}."
+        )
     if judged:
         winner = best(judged)
         points += [_by_other_signs(winner), _where_it_loses(winner), _what_to_set(winner)]

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from benchmarks.efficacy.analysis import verdict
 from benchmarks.efficacy.places import Place
+from benchmarks.efficacy.study import WEIGHTS
 from benchmarks.efficacy.tables import FRECHET, FRECHET_UNSEEN, TITLES, as_table, interval
 from benchmarks.efficacy.unseen import course
 
@@ -39,3 +41,24 @@ def frechet_table(places: Sequence[Place]) -> str:
                     ]
                 )
     return as_table(rows)
+
+
+def in_words(places: Sequence[Place]) -> list[str]:
+    """A sentence for each data set and method, of captions that no picture could be copied for."""
+    said = []
+    for place in places:
+        for label in place.paired:
+            parts = []
+            for quality in FRECHET_UNSEEN:
+                end = place.at_budget(label, "excess", quality).better
+                equal = place.compare(label, "excess", quality)
+                gain = f"{verdict(equal.area)}: {interval(equal.area, '{:+.4f}')}" if equal else ""
+                parts.append(
+                    f"{TITLES[quality]} is lower than plain's by {interval(end, '{:+.3f}')} (at "
+                    f"equal distance excess: {gain or 'never better than before training'})"
+                )
+            said.append(
+                f"with `{label}` on {place.setting} ({WEIGHTS[place.mode]}, n = "
+                f"{len(place.seeds(label))}) {' and '.join(parts)}"
+            )
+    return said

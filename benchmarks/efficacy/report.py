@@ -59,11 +59,13 @@ def write(results: Path, output: Path, protocol: Protocol) -> Path:
     _page(pages, "rates", rates_page(known, pictures))
     parts = ["# Does it memorize less at equal quality?\n"]
     if any(place.paired for place in compared):
-        judged, skips, unseen = goals(compared), known_skips(compared), known_unseen(compared)
-        parts += [f"## In short\n\n{answers(compared, found, skips, unseen)}", _goal(judged)]
+        judged, skips = goals(compared), known_skips(compared)
+        unseen, frechet = known_unseen(compared), known_frechet(compared)
+        short = answers(compared, found, skips, unseen, frechet)
+        parts += [f"## In short\n\n{short}", _goal(judged)]
         parts += [_curves(compared), _closest(compared, judged, pictures)]
         parts += [_parts(found), _skipped(skips), _unseen(unseen)]
-        parts += [_frechet(known_frechet(compared)), _all_methods(compared)]
+        parts += [_frechet(frechet), _all_methods(compared)]
     parts += [_how(known, protocol, compared, found), _left(known, protocol)]
     path = output / "RESULTS.md"
     path.write_text("\n".join(filter(None, parts)), encoding="utf-8")

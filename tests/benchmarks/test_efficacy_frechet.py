@@ -18,9 +18,16 @@ def ema(seed):
 
 def test_runs_that_have_it_are_told_and_compared_with_plain_at_the_end(report_of):
     found = [with_frechet(plain(0), WORSE), with_frechet(ema(0), BETTER), plain(1), ema(1)]
+    made = report_of(found)
+    told = " ".join(made.section("In short").split())
+    assert (
+        "with `ema` on fluent (all weights, n = 1) FD (edges) of unseen captions is lower" in told
+    )
+    assert "than plain's by +0.300 [" in told
+    assert "(at equal distance excess: less: +0." in told
     rows = [
         line.split(" | ")
-        for line in report_of(found).section(TITLE).splitlines()
+        for line in made.section(TITLE).splitlines()
         if line.startswith("| fluent")
     ]
     assert [row[1:4] for row in rows] == [
