@@ -14,3 +14,8 @@ def on_device(tensor: Tensor, device: torch.device) -> Tensor:
         tensor = tensor.pin_memory()
     # Others may read the memory when it has been freed and used again.
     return tensor.to(device, non_blocking=is_cuda)
+
+
+def read(*vectors: Tensor) -> tuple[Tensor, ...]:
+    """Vectors of one device and dtype on the CPU, by one copy that waits for all it was given."""
+    return torch.cat(vectors).detach().cpu().split([len(vector) for vector in vectors])

@@ -94,7 +94,8 @@ class TrainingConfig:
     dream_detail_preservation: float = 1.0
     """DREAM: power of the noise level that scales the error (p); larger keeps more detail."""
     on_nonfinite: Literal["stop", "skip_batch"] = "stop"
-    """A loss or gradient that is NaN or infinite: stop and name it, or leave the batch out."""
+    """A loss or gradient that is NaN or infinite: stop and name it, or leave out what it is of: the
+    update, or a batch alone where losses are compared before."""
     proxy_store: Literal["memory", "disk"] = "memory"
     """Where proxies wait for their turn: in memory, or in files under --output_dir, so that memory
     does not grow with --num_shards."""

@@ -24,6 +24,8 @@ from iet_sd.method import taa
 
 # Bytes of what is kept of an image beside its latent: the original size, and where it is cropped.
 _TOLD = 2 * 2 * torch.int64.itemsize
+# What may be encoded, and where `Beforehand` has it.
+_FIELDS = {"images": "variants", "augmented images": "augmented", "captions": "captions"}
 
 
 def why_not(config: Config, source: Source) -> dict[str, str]:
@@ -72,26 +74,28 @@ class Beforehand:
     @property
     def views(self) -> dict[str, Variants]:
         """Those that are encoded, by what they are of."""
-        views = {"images": self.variants, "augmented images": self.augmented}
-        return {what: variants for what, variants in views.items() if variants is not None}
+        return {what: part for what, part in self._parts().items() if isinstance(part, Variants)}
 
     def describe(self) -> str:
         """For people."""
-        counts = {
-            "views of images": self.variants,
-            "views of augmented images": self.augmented,
-            "captions": self.captions,
-        }
-        kept = " and ".join(f"{len(c)} {name}" for name, c in counts.items() if c is not None)
+        views = self.views
+        kept = " and ".join(
+            f"{len(part)} {'views of ' if what in views else ''}{what}"
+            for what, part in self._parts().items()
+        )
         lines = [f"{kept} are encoded once"] if kept else []
         lines += [f"{what} are encoded in every visit: {why}" for what, why in self.reasons.items()]
         return "; ".join(lines)
 
     def without(self, reasons: Mapping[str, str]) -> "Beforehand":
         """The same but for what these reasons speak of."""
-        fields = {"captions": "captions", "images": "variants", "augmented images": "augmented"}
-        left = {fields[what]: None for what in reasons}
+        left = {_FIELDS[what]: None for what in reasons}
         return replace(self, reasons={**self.reasons, **reasons}, **left)
+
+    def _parts(self) -> dict[str, Variants | list[str]]:
+        """What is encoded, by what it is of."""
+        parts = {what: getattr(self, field) for what, field in _FIELDS.items()}
+        return {what: part for what, part in parts.items() if part is not None}
 
     def sizes(self, config: Config) -> dict[str, int]:
         """Bytes of the files with each part, but for their headers; counted without weights."""

@@ -117,15 +117,17 @@ class Proxy:
         """Add the gradient of ``loss``, scaled against fp16 underflow where needed."""
         self.scaler.scale(loss).backward()
 
-    def clip_gradient(self, scale: float = 1.0) -> bool:
-        """Scale and clip the gradient; returns whether it is finite: else no update may follow."""
+    def clip_gradient(self, scale: float = 1.0) -> Tensor:
+        """Scale and clip the gradient; returns its norm before, on the device.
+
+        No update may follow if that is not finite.
+        """
         self.scaler.unscale_(self.optimizer)
         if scale != 1:
             # None where the loss does not depend on it, as at the end of SDXL's text encoder.
             gradients = (parameter.grad for parameter in self.parameters.values())
             torch._foreach_mul_([g for g in gradients if g is not None], scale)
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
-        return bool(norm.isfinite())
+        return torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_grad_norm)
 
     def drop_gradient(self) -> None:
         """Have no gradient."""
@@ -138,6 +140,11 @@ class Proxy:
         self.scaler.update()
         self._count_update()
         self.drop_gradient()
+
+    def leave_out(self) -> None:
+        """Drop a clipped gradient that says nothing of the loss scale."""
+        self.drop_gradient()
+        self.scaler.update(self.scaler.get_scale())
 
     def overflowed(self) -> bool:
         """Drop a gradient that is not finite; returns whether fp16 explains it.

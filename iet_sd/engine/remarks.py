@@ -81,9 +81,9 @@ def _unused(config: Config) -> Iterator[str]:
         ),
         "--push_to_hub": (config.push.push_to_hub, "hub_model_id", "hub_private"),
     }
-    given = config.as_dict()
+    given, fields = config.as_dict(), config.fields()
     for need, (is_met, *names) in needs.items():
-        others = [name for name in names if given[name] != config.default(name)]
+        others = [name for name in names if given[name] != fields[name].default]
         if others and not is_met:
             yield f"{_flags(others)}: of no effect without {need}."
 

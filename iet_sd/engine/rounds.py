@@ -8,7 +8,7 @@ end of a round, so processes may take different numbers of steps within one.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,8 +24,9 @@ from iet_sd.engine import collectives
 from iet_sd.engine.objective import Objective
 from iet_sd.engine.proxy import EMA, MOMENTS, WEIGHTS, Proxy, copy_into, live_weights, part
 from iet_sd.engine.state import Event, Progress, RoundDone, ShardDone, State, StepDone
-from iet_sd.engine.step import Counts, accumulate_gradient
+from iet_sd.engine.step import Counts, OnNonfinite, accumulate_gradient
 from iet_sd.engine.store import Store, Tensors
+from iet_sd.engine.update import update
 from iet_sd.engine.usage import peak_memory
 from iet_sd.errors import UserError
 from iet_sd.method.aggregate import (
@@ -207,7 +208,7 @@ class Trainer:
         proxy: Proxy,
         loaded: Iterator[dict[str, Tensor]],
         new_skips_N: Tensor,
-        on_nonfinite: Callable[[str, list[tuple[int, int]]], None],
+        on_nonfinite: OnNonfinite,
         is_last: bool,
         so_far: Counts,
     ) -> Counts:
@@ -216,7 +217,7 @@ class Trainer:
         In the round's last step nothing is left waiting. ``so_far``: of the shard, in this round.
         """
         method, per_update = self.config.method, self.config.training.samples_per_update
-        counts, trained = Counts(), []
+        counts, trained, unread = Counts(), [], []
         for ahead in reversed(range(self.config.training.gradient_accumulation_steps)):
             done = accumulate_gradient(
                 self.objective,
@@ -233,21 +234,15 @@ class Trainer:
             )
             counts += done.counts
             trained += done.trained
+            unread += done.unread
             new_skips_N.index_add_(0, done.skipped, torch.ones_like(done.skipped))
         counts.steps = 1
-        if not trained:
-            if method.empty_batch == "step" and not counts.nonfinite:
-                proxy.update_with_zero_gradient()
-                counts.updates = 1
-        # The mean over what is trained, of all batches of the update together.
-        elif proxy.clip_gradient(per_update / len(trained)):
-            proxy.update()
+        if trained:
+            # The mean over what is trained, of all batches of the update together.
+            update(proxy, counts, trained, unread, per_update / len(trained), on_nonfinite)
+        elif method.empty_batch == "step" and not counts.nonfinite:
+            proxy.update_with_zero_gradient()
             counts.updates = 1
-        else:
-            if not proxy.overflowed():
-                on_nonfinite("gradient", trained)
-                counts.nonfinite += 1
-            counts.trained, counts.augmented, counts.strength_sum = 0, 0, 0.0
         return counts
 
     def _on_nonfinite(self, where: str, what: str, samples: list[tuple[int, int]]) -> None:

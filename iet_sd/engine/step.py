@@ -4,11 +4,11 @@ Data flows one way: batch -> latents, text embeddings -> timesteps, noise -> los
 (detached) comparison with the bank -> keep mask, strength, new bank -> mean over what is trained ->
 gradient. Samples far from the threshold are trained by the backward pass of their own scoring, or
 in a second pass where that is cheaper; those near it in a second pass, on an augmented image. No
-I/O but for these images, no collective, no optimizer. Shapes: B samples of a batch, Q of a second
-pass.
+I/O but for these images, no collective, no optimizer. The device is waited for where losses decide
+what it is given next, once a batch, and else not. Shapes: B samples of a batch, Q of a second pass.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain, islice
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages
-from iet_sd.devices import on_device
+from iet_sd.devices import on_device, read
 from iet_sd.engine.objective import Objective, Prepared, join
 from iet_sd.engine.second_pass import Pending, prepare, take, take_or_drop
 from iet_sd.method import agc, taa
@@ -39,7 +39,7 @@ class Counts:
     updates: int = 0
     """Optimizer updates."""
     scored: int = 0
-    """Samples compared with the bank."""
+    """Samples whose loss was read, and compared with the bank where that decides anything."""
     skipped: int = 0
     """Samples below the threshold."""
     trained: int = 0
@@ -55,7 +55,7 @@ class Counts:
     encoded: int = 0
     """Images through the VAE encoder."""
     nonfinite: int = 0
-    """Passes left out for a loss or gradient that was not finite (``on_nonfinite``)."""
+    """Batches and updates left out for a loss or gradient that is not finite (``on_nonfinite``)."""
     loss_sum: float = 0.0
     """Sum of the unweighted losses of the scored samples."""
     strength_sum: float = 0.0
@@ -76,6 +76,17 @@ class Memory:
     queue: list[Pending] = field(default_factory=list)
 
 
+class Losses(NamedTuple):
+    """Of the samples of a pass, on the device, where they may still be under way."""
+
+    samples: list[tuple[int, int]]
+    """Index and timestep of each."""
+    loss: Tensor
+    """float32, without gradient."""
+    are_scores: bool
+    """Whether it is the pass that scores them."""
+
+
 class Outcome(NamedTuple):
     """What a batch came to."""
 
@@ -84,6 +95,8 @@ class Outcome(NamedTuple):
     """Indices of the skipped samples, int64."""
     trained: list[tuple[int, int]]
     """Index and timestep of every sample in the gradient."""
+    unread: list[Losses]
+    """What nothing was decided by; where one is not finite, neither is the gradient."""
 
 
 class Decision(NamedTuple):
@@ -136,15 +149,16 @@ def accumulate_gradient(
 ) -> Outcome:
     """Score a batch and call ``backward`` on the sum of losses over what it gives to train on.
 
-    ``memory`` is updated. A pass with a loss that is not finite is left out, the bank included, if
-    ``on_nonfinite`` returns: it is told "loss", and index and timestep of the samples.
+    ``memory`` is updated. A batch that is not to be compared with the bank, since a loss in it is
+    not finite, is left out if ``on_nonfinite`` returns: it is told "loss", and index and timestep
+    of the samples.
     ``batch_size`` is that of a full batch, if this one may be smaller. ``further`` batches are
     scored until as many are kept (``refill_skipped``). Kept samples stay in the queue for a later
     call by ``taa_leftovers``, or if they ``may_wait``. By ``so_far``, what has been done with
     batches like this one, it is foreseen how much of it its own pass will train.
     """
     full, waiting = max(len(batch["seed"]), batch_size), len(memory.queue)
-    counts, direct, beside, skipped, trained = Counts(steps=1), [], [], [], []
+    counts, direct, beside, skipped, trained, unread = Counts(steps=1), [], [], [], [], []
     with_gradient = foresees_one_pass(method, so_far or Counts(), objective)
     for scored in chain([batch], islice(further, MAX_BATCHES - 1)):
         # Where batches are filled up those that wait come first, and the others may have to.
@@ -153,6 +167,7 @@ def accumulate_gradient(
         counts += done.counts
         skipped.append(done.skipped)
         trained += done.trained
+        unread += done.unread
         direct += done.direct
         beside += [index for part in done.direct for index, _ in part.samples]
         if len(beside) + len(memory.queue) >= full:
@@ -165,14 +180,15 @@ def accumulate_gradient(
         least = method.taa_min_batch * full if waits else 0
         taken = take(memory.queue, sizes_N, beside, full, least)
     while direct or taken:
-        second, samples = train(objective, direct, taken, method, dataset, backward, on_nonfinite)
+        second, losses = train(objective, direct, taken, method, dataset, backward)
         counts += second
-        trained += samples
+        trained += losses.samples
+        unread.append(losses)
         direct, taken = [], []
         if not may_wait and not drops:
             taken = take(memory.queue, sizes_N, [], full, 0)
     counts.trained = len(trained)
-    return Outcome(counts, torch.cat(skipped), trained)
+    return Outcome(counts, torch.cat(skipped), trained, unread)
 
 
 class Scored(NamedTuple):
@@ -185,6 +201,8 @@ class Scored(NamedTuple):
     """Index and timestep of the samples whose gradient is there already."""
     direct: list[Prepared]
     """Samples that are to be trained as they were scored, if any."""
+    unread: Sequence[Losses] = ()
+    """Those of the batch, where they decide nothing."""
 
 
 def score(
@@ -206,21 +224,27 @@ def score(
     with torch.set_grad_enabled(with_gradient):
         prepared = objective.prepare(batch, timesteps_B, "score")
         loss_B = objective.loss_of(prepared)
-    seen_B, size, samples = loss_B.detach().cpu(), len(timesteps_B), prepared.samples
+    size, samples, nothing = len(timesteps_B), prepared.samples, batch["index"][:0]
     encoded = size if "pixel_values" in batch else 0
     counts = Counts(batches=1, forward=size * objective.forward_passes, encoded=encoded)
+    if not (method.agc or method.taa):
+        backward(objective.weight(loss_B, timesteps_B).sum())
+        counts.backward = size
+        unread = Losses(samples, loss_B.detach(), are_scores=True)
+        return Scored(counts, nothing, samples, [], [unread])
+    (read_B,) = read(loss_B)
     # A NaN would otherwise pass for an abnormally low loss and be skipped in silence.
-    if bad := chosen(samples, ~seen_B.isfinite()):
+    if bad := chosen(samples, ~read_B.isfinite()):
         on_nonfinite("loss", bad)
         counts.nonfinite = 1
-        return Scored(counts, batch["index"][:0], [], [])
+        return Scored(counts, nothing, [], [])
     decision = decide(
-        seen_B, timesteps_B, memory.bank, method, objective.components.num_train_timesteps
+        read_B, timesteps_B, memory.bank, method, objective.components.num_train_timesteps
     )
     memory.bank = decision.bank
     counts.scored = size
     counts.skipped = size - int(decision.keep_B.sum())
-    counts.loss_sum = float(seen_B.sum())
+    counts.loss_sum = float(read_B.sum())
     direct_B = decision.keep_B & ~decision.second_pass_B
     late_B = direct_B & (direct_B.cumsum(0) > room)
     memory.queue += [
@@ -277,9 +301,8 @@ def train(
     method: MethodConfig,
     dataset: TrainingImages,
     backward: Callable[[Tensor], None],
-    on_nonfinite: OnNonfinite,
-) -> tuple[Counts, list[tuple[int, int]]]:
-    """A second pass: index and timestep of each sample that it trains, images of a size together.
+) -> tuple[Counts, Losses]:
+    """A second pass, images of a size together; all of it is trained.
 
     Of ``direct`` ones neither latents nor captions are made again.
     """
@@ -288,19 +311,15 @@ def train(
     loss_Q = torch.cat([objective.weight(objective.loss_of(p), p.timesteps) for p in parts])
     augmented = [pending for pending in taken if pending.augmented]
     counts = Counts(
+        backward=len(samples),
+        augmented=len(augmented),
+        strength_sum=sum(pending.strength for pending in augmented),
         # What DREAM's own pass makes of ``direct`` is there.
         forward=len(samples) + len(taken) * (objective.forward_passes - 1),
         encoded=sum(dataset.kept(pending.augmented) is None for pending in taken),
     )
-    if bad := chosen(samples, ~loss_Q.detach().cpu().isfinite()):
-        on_nonfinite("loss", bad)
-        counts.nonfinite = 1
-        return counts, []
     backward(loss_Q.sum())
-    counts.backward = len(samples)
-    counts.augmented = len(augmented)
-    counts.strength_sum = sum(pending.strength for pending in augmented)
-    return counts, samples
+    return counts, Losses(samples, loss_Q.detach(), are_scores=False)
 
 
 def chosen(samples: list[tuple[int, int]], mask_B: Tensor) -> list[tuple[int, int]]:

@@ -105,7 +105,7 @@ def test_a_smaller_batch_does_not_make_the_queue_full(trainer_for, settings):
     waiting = 0
     for visits in (next(order) for _ in range(5)):
         seen = collate([trainer.dataset[visit] for visit in visits])
-        counts, _, _ = accumulate_gradient(
+        counts, *_ = accumulate_gradient(
             trainer.objective,
             seen,
             memory,

@@ -11,9 +11,9 @@ from iet_sd.config import MethodConfig
 from iet_sd.data.dataset import TrainingImages, collate
 from iet_sd.data.shards import visits
 from iet_sd.engine.rounds import RoundDone, ShardDone, StepDone
-from iet_sd.engine.step import Counts, Memory, accumulate_gradient, foresees_one_pass
+from iet_sd.engine.step import Counts, Memory, accumulate_gradient, decide, foresees_one_pass
+from iet_sd.engine.update import update
 from iet_sd.errors import UserError
-from iet_sd.method.agc import empty_bank
 from iet_sd.presets import PRESETS
 from tests.compare import equal
 from tests.engine.running import LORA
@@ -159,63 +159,23 @@ def test_a_round_of_nothing_but_bad_batches_ends(settings, trainer_for):
     assert equal({name: p.detach() for name, p in trainer.parameters.items()}, before)
 
 
-def test_only_the_second_pass_is_left_out_where_only_that_is_bad(settings, trainer_for):
-    """What the first pass found, trains and remembers stays; only the bad samples are named."""
-    trainer, state = trainer_for(settings(num_shards=1, train_batch_size=8, msr=False))
-    order = visits(0, 1, 0, range(16))
-    seen = collate([trainer.dataset[next(order)] for _ in range(8)])
-    method = MethodConfig(**PRESETS["corrected"] | {"bank_bins": 1, "taa_sharpness": 0.1})
-    prepare = trainer.objective.prepare
-
-    def run(told):
-        memory = Memory(empty_bank(1))
-        for _ in range(2):  # in the first batch there is no mean to be near to
-            done = accumulate_gradient(
-                trainer.objective,
-                seen,
-                memory,
-                method,
-                trainer.dataset,
-                state.proxies[0].backward,
-                lambda what, samples: told.append((what, samples)),
-            )
-        return done, memory
-
-    good, remembered = run([])
-    assert good.counts.augmented > 1
-    index, timestep = good.trained[-1]  # the augmented ones come last
-
-    def poisoned(batch, timesteps, purpose):
-        prepared = prepare(batch, timesteps, purpose)
-        bad = (batch["index"] == index) & (purpose == "augmented")
-        return prepared._replace(
-            target=prepared.target * torch.where(bad, math.nan, 1.0)[:, None, None, None]
-        )
-
-    trainer.objective.prepare, told = poisoned, []
-    done, memory = run(told)
-    assert told == [("loss", [(index, timestep)])]
-    assert (done.counts.nonfinite, done.counts.augmented, done.counts.strength_sum) == (1, 0, 0.0)
-    assert done.counts.trained == good.counts.trained - good.counts.augmented
-    assert done.counts.scored == good.counts.scored
-    assert torch.equal(done.skipped, good.skipped)
-    assert torch.equal(memory.bank.value_T, remembered.bank.value_T)
-    assert memory.queue == remembered.queue == []
-
-
-@pytest.mark.parametrize("purpose", ["score", "augmented"])
-def test_a_second_pass_of_both_kinds_is_left_out_whole(purpose, settings, trainer_for):
-    """Where it is the only one; whatever it is of that is bad, that sample alone is named."""
+@pytest.mark.parametrize(
+    ("score_pass", "bad"), [("train", NEAR[0]), ("separate", NEAR[0]), ("separate", FAR[0])]
+)
+def test_an_update_is_left_out_whole_where_only_its_second_pass_is_bad(
+    score_pass, bad, settings, trainer_for
+):
+    """What the first pass found is remembered; whatever is bad, that sample alone is named."""
     trainer, state = trainer_for(settings(num_shards=1, train_batch_size=8, msr=False))
     order = visits(0, 1, 0, range(16))
     seen = collate([trainer.dataset[next(order)] for _ in range(8)])
     losses, timesteps = losses_of(trainer, seen)
     memory = Memory(filled_bank(losses.detach(), timesteps, RATIOS))
-    given = {"bank_bins": 1000, "score_pass": "separate"}
+    given = {"bank_bins": 1000, "score_pass": score_pass}
     method = MethodConfig(**PRESETS["corrected"] | given)
-    bad = (FAR if purpose == "score" else NEAR)[0]
+    expected = decide(losses.detach(), timesteps, memory.bank, method, 1000)
     sample = int(seen["index"][bad]), int(timesteps[bad])
-    loss_of, told = trainer.objective.loss_of, []
+    loss_of, told, proxy = trainer.objective.loss_of, [], state.proxies[0]
 
     def poisoned(prepared):
         loss_Q = loss_of(prepared)
@@ -224,21 +184,43 @@ def test_a_second_pass_of_both_kinds_is_left_out_whole(purpose, settings, traine
         at = torch.tensor([found == sample for found in prepared.samples])
         return torch.where(at, math.nan, loss_Q)
 
+    def tell(what, samples):
+        told.append((what, samples))
+
     trainer.objective.loss_of = poisoned
+    proxy.enter(state.weights, state.moments)
     done = accumulate_gradient(
-        trainer.objective,
-        seen,
-        memory,
-        method,
-        trainer.dataset,
-        state.proxies[0].backward,
-        lambda what, samples: told.append((what, samples)),
+        trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, tell
     )
+    update(proxy, done.counts, done.trained, done.unread, 1 / len(done.trained), tell)
     assert told == [("loss", [sample])]
-    assert (done.trained, done.counts.trained, done.counts.augmented) == ([], 0, 0)
-    assert (done.counts.nonfinite, done.counts.scored, done.counts.backward) == (1, 8, 0)
+    assert (done.counts.trained, done.counts.augmented, done.counts.strength_sum) == (0, 0, 0.0)
+    assert (done.counts.nonfinite, done.counts.scored, done.counts.updates) == (1, 8, 0)
     assert done.skipped.tolist() == seen["index"][SKIPPED].tolist()
+    assert equal(memory.bank._asdict(), expected.bank._asdict())
+    assert memory.queue == []
     assert all(p.grad is None for p in trainer.parameters.values())
+    assert equal(proxy.parameters, state.weights)
+
+
+@pytest.mark.parametrize(("method", "losses"), [("none", {}), ("iet_agc", {"agc_threshold": 0.0})])
+def test_of_several_batches_to_an_update_one_is_bad(
+    method, losses, settings, trainer_for, poisoned_image
+):
+    """All of it is left out where losses are read for it; else the batch that has no score."""
+    given = {"num_shards": 1, "gradient_accumulation_steps": 2, "on_nonfinite": "skip_batch"}
+    length = {"num_rounds": 1, "steps_per_round": 5, "train_batch_size": 4}
+    trainer, state = trainer_for(settings(method=method, **given, **length, **losses))
+    done = next(event for event in trainer.run(state) if isinstance(event, ShardDone)).counts
+    assert done.updates == 5
+    assert done.nonfinite > 0
+    if method == "none":
+        assert done.steps == 5 + done.nonfinite
+        assert done.scored == done.trained == 5 * 8
+    else:
+        assert done.steps == 5
+        assert done.scored == done.trained == 5 * 8 - 4 * done.nonfinite
+    assert all_finite(state)
 
 
 def test_an_overflow_of_fp16_stays_what_it_is(settings, trainer_for):

@@ -68,7 +68,7 @@ def test_corrected_trains_far_samples_as_scored_and_near_ones_augmented(
     memory = Memory(filled_bank(losses.detach(), timesteps, RATIOS))
     given = {"bank_bins": 1000, "score_pass": score_pass, "taa_operations": operations}
     method = MethodConfig(**PRESETS["corrected"] | given)
-    counts, skipped, _ = accumulate_gradient(
+    counts, skipped, *_ = accumulate_gradient(
         trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, never
     )
     assert skipped.tolist() == seen["index"][SKIPPED].tolist()
@@ -106,13 +106,13 @@ def test_paper_waits_for_a_full_batch_and_drops_the_rest(batch):
     memory = Memory(Bank(bank.value_T / (1 - 0.8**10), bank.visits_T))  # raw: no correction
     method = MethodConfig(**stand_for({}, "paper", "iet_agc_plus"))
     done = [trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, never]
-    counts, skipped, _ = accumulate_gradient(*done)
+    counts, skipped, *_ = accumulate_gradient(*done)
     assert len(skipped) == 2
     assert (counts.trained, counts.backward, len(memory.queue)) == (0, 0, 6)
     assert all(p.grad is None for p in trainer.parameters.values())
 
     memory.bank = bank
-    counts, _, _ = accumulate_gradient(*done)
+    counts, *_ = accumulate_gradient(*done)
     assert (counts.trained, counts.augmented, counts.dropped) == (8, 8, 4)
     assert (counts.forward, counts.backward, counts.encoded) == (16, 8, 16)
     assert memory.queue == []
@@ -124,7 +124,7 @@ def test_all_skipped_leaves_no_gradient_and_still_updates_the_bank(batch):
     before = filled_bank(losses.detach(), timesteps, [0.1] * 8)
     memory = Memory(before)
     method = MethodConfig(**PRESETS["corrected"] | {"bank_bins": 1000})
-    counts, skipped, _ = accumulate_gradient(
+    counts, skipped, *_ = accumulate_gradient(
         trainer.objective, seen, memory, method, trainer.dataset, proxy.backward, never
     )
     assert (counts.skipped, counts.trained, len(skipped)) == (8, 0, 8)
@@ -206,7 +206,7 @@ def test_skipping_compares_unweighted_losses(trainer_for, settings):
         memory = Memory(empty_bank(4))
         for _ in range(3):
             seen = collate([trainer.dataset[next(order)] for _ in range(8)])
-            _, skipped, _ = accumulate_gradient(
+            _, skipped, *_ = accumulate_gradient(
                 trainer.objective,
                 seen,
                 memory,

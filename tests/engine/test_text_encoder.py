@@ -128,7 +128,7 @@ def test_gradients_are_clipped_to_one_norm_over_both_networks(mode, trainer_for,
     for parameter in proxy.parameters.values():
         parameter.grad = torch.full_like(parameter, 3.0)
     numbers = sum(p.numel() for p in proxy.parameters.values())
-    assert proxy.clip_gradient()
+    assert proxy.clip_gradient() == pytest.approx(3 * numbers**0.5, rel=1e-4)
     for name, parameter in proxy.parameters.items():
         expected = torch.full_like(parameter, 0.5 / numbers**0.5)
         torch.testing.assert_close(parameter.grad, expected, msg=name, rtol=1e-4, atol=0)

@@ -30,8 +30,8 @@ def watched(monkeypatch, trainer):
 
     def watch_train(*args):
         done = train(*args)
-        trained.update(done[1])
-        passes.append(len(done[1]))
+        trained.update(done[1].samples)
+        passes.append(len(done[1].samples))
         return done
 
     monkeypatch.setattr(step, "score", watch_score)
