@@ -57,7 +57,7 @@ def load(
 
 def from_layers(*layers: dict[str, Any], settings: type[S] = Config) -> S:
     """Settings from flat mappings, the later ones winning over the earlier."""
-    known = _fields(settings)
+    known = settings.fields()
     choices = {k: v for k, v in {"preset": PRESETS, "method": METHODS}.items() if k in known}
     chosen = {name: known[name].default for name in choices}
     written: dict[str, Any] = {}
@@ -159,10 +159,6 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _fields(settings: type[Settings]) -> dict[str, dataclasses.Field]:
-    return {f.name: f for cls in settings.sections().values() for f in dataclasses.fields(cls)}
-
-
 def _flag_options(hint: Any) -> dict[str, Any]:
     """Keyword arguments of ``add_argument`` for a field's type."""
     hint = _without_none(hint)
@@ -246,7 +242,7 @@ def _unknown(word: str, settings: type[Settings]) -> str:
             "--no-NAME. See --help."
         )
     flag = word.partition("=")[0]
-    known = [f"--{name}" for name in _fields(settings)]
+    known = [f"--{name}" for name in settings.fields()]
     return f"unknown flag {flag}.{_close_matches(flag, known)}"
 
 

@@ -53,15 +53,9 @@ class Settings:
         return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
     @classmethod
-    def default(cls, name: str) -> Any:
-        """What a setting is by itself."""
-        (found,) = [
-            field.default
-            for part in cls.sections().values()
-            for field in dataclasses.fields(part)
-            if field.name == name
-        ]
-        return found
+    def fields(cls) -> dict[str, dataclasses.Field]:
+        """The field of each setting, by its name; in order."""
+        return {f.name: f for part in cls.sections().values() for f in dataclasses.fields(part)}
 
     def as_dict(self) -> dict[str, Any]:
         """All settings as one flat mapping, as the YAML file has them; without secrets."""
