@@ -268,16 +268,18 @@ def _run(
 def _load_heldout(config: Config, train: "Source") -> "Source | None":
     """The images that --eval_every_rounds compares with.
 
-    Errors: as `load_heldout` and `require_images`; without --eval_every_rounds for a folder that is
-    not there.
+    Errors: as `load_heldout` and `require_images`; without --eval_every_rounds for what is not
+    there.
     """
-    from iet_sd.evaluation.heldout import load_heldout, require_images
+    from iet_sd.evaluation.heldout import load_heldout, require_heldout_split, require_images
 
     if config.probe.eval_every_rounds is None:
         # For `evaluate`, which reads of them in the settings that are written.
         folder = config.data.heldout_data_dir
         if folder is not None and not Path(folder).expanduser().exists():
             raise UserError(f"--heldout_data_dir {folder} is not there. Expected a folder.")
+        if config.data.heldout_split:
+            require_heldout_split(config.data)
         return None
     from iet_sd.evaluation.embedders import check_embedder
 

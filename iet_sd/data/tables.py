@@ -58,8 +58,7 @@ def read_rows(config: DataConfig) -> Dataset:
 def require_split(config: DataConfig) -> Callable[[], Dataset]:
     """What reads the split the settings name, or where they name none the only one there is.
 
-    Errors: `UserError` if nothing is there, or no such split, or not one alone; or no split for
-    the held-out images, if that is named.
+    Errors: `UserError` if nothing is there, or no such split, or not one alone.
     """
     splits, split = _open(config), config.dataset_split
     flag = "train_data_dir" if config.train_data_dir else "dataset_name"
@@ -69,9 +68,8 @@ def require_split(config: DataConfig) -> Callable[[], Dataset]:
             f"--{flag} {place}: expected a single split, found {list(splits)}. Give what holds "
             "one of them alone: its folder, or its file."
         )
-    for name in ("dataset_split", "heldout_split"):
-        if (wanted := getattr(config, name)) is not None and wanted not in splits:
-            raise UserError(f"--{name} {wanted}: {place} has no such split, only {list(splits)}.")
+    if split is not None and split not in splits:
+        raise UserError(f"--dataset_split {split}: {place} has no such split, only {list(splits)}.")
     return splits[split] if split is not None else next(iter(splits.values()))
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from iet_sd.config import DataConfig
 from iet_sd.data.checks import listed
 from iet_sd.data.sources import Source, load_source
+from iet_sd.data.tables import require_split
 from iet_sd.errors import UserError
 from iet_sd.evaluation.images import TableImages
 
@@ -41,7 +42,7 @@ def load_heldout(data: DataConfig, train: Source) -> Source:
 
     Errors: as `load_source`, by the flags of held-out images, and as `check_disjoint`.
     """
-    with _own_flag(data):
+    with _own_flags(data):
         heldout = load_source(heldout_of(data))
     tables = (
         TableImages(source, data.resolution, data.image_interpolation_mode)
@@ -51,9 +52,15 @@ def load_heldout(data: DataConfig, train: Source) -> Source:
     return heldout
 
 
+def require_heldout_split(data: DataConfig) -> None:
+    """Errors: `UserError` if there is no --heldout_split in the data set. No image is read."""
+    with _own_flags(data):
+        require_split(heldout_of(data))
+
+
 @contextmanager
-def _own_flag(data: DataConfig) -> Iterator[None]:
-    """Errors name the flag of held-out images, not that of training images."""
+def _own_flags(data: DataConfig) -> Iterator[None]:
+    """Errors name the flags of held-out images, not those of training images."""
     flag = "dataset_split" if data.heldout_split else "train_data_dir"
     own_flag = "heldout_split" if data.heldout_split else "heldout_data_dir"
     try:
