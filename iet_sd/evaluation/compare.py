@@ -41,7 +41,11 @@ _SHARED = (
 )
 # The same for one measure alone, which is left out where they differ.
 _SHARED_BY_LOSSES = tuple(
-    ("losses", name) for name in ("samples", "timesteps", "names", "captions")
+    ("losses", name)
+    for name in (
+        *("samples", "timesteps", "names", "captions"),
+        *("prediction_type", "noise_levels", "vae"),
+    )
 )
 _SHARED_BY_KID = tuple(("quality_features", "embedder", name) for name in ("name", "fingerprint"))
 _LABELS = {

@@ -26,6 +26,8 @@ from iet_sd.evaluation.statistics import (
 from iet_sd.evaluation.texts import TEXTS, Better
 
 Section = Literal["Copying", "Membership", "Quality"]
+# Cosine similarity of images that are the same, but for how they were saved.
+ALIKE = 0.9999
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,18 @@ def distances(ratios: Mapping[str, Ratios], by: Resampling) -> list[Measure]:
     return shown
 
 
-def authenticity(authentic_G: np.ndarray, by: Resampling) -> Measure:
-    """AuthPct, as a share."""
+def authenticity(authentic_G: np.ndarray, train_T: np.ndarray, by: Resampling) -> Measure:
+    """AuthPct, as a share. ``train_T``: as in `copying`."""
     share = lambda value: {"share": value.mean()}  # noqa: E731
     found = by.generated(share, authentic_G.astype(float), ["share"])
-    return measure("Copying", "authentic", found["share"])
+    shown = measure("Copying", "authentic", found["share"])
+    if twins := int((train_T > ALIKE).sum()):
+        warning = (
+            f"{twins} of {len(train_T)} training images are there more than once, or nearly: "
+            "a copy of one is farther from it than its twin is, and passes for authentic"
+        )
+        return replace(shown, warning=warning)
+    return shown
 
 
 def losses(
@@ -210,6 +219,7 @@ def losses(
         }
 
     found = by.images(statistic, train_NS.mean(axis=1), heldout_NS.mean(axis=1), index_N)
+    found["membership_tpr"] = exact_share(found["membership_tpr"], len(train_NS))
     shown = [measure("Membership", name, estimate) for name, estimate in found.items()]
     if len(heldout_NS) < 100:
         warning = f"of {len(heldout_NS)} held-out images 1 % is less than one image"
@@ -224,6 +234,11 @@ def fidelity(generated_GD: np.ndarray, heldout_HD: np.ndarray, by: Resampling) -
             len(generated_GD), len(heldout_HD), generated_GD.shape[1]
         )
     }
+    if (fewest := min(len(generated_GD), len(heldout_HD))) <= quality.KID_SUBSET:
+        warnings["kid_spread"] = (
+            f"small sample: a subset of up to {quality.KID_SUBSET} holds all {fewest} images, so "
+            "the spread is too small; read KID's interval instead"
+        )
     try:
         kid = kid_interval(generated_GD, heldout_HD, by.prompt_G, by.group_H, by.level)
     except UserError as error:  # too few prompts or groups for this one measure

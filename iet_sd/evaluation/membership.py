@@ -6,7 +6,8 @@ the true positive rate at a low false positive rate as the measure (Carlini et a
 set. Letters in shapes: N images, S strata of timesteps.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,28 @@ def stratified_losses(
                 loss_NS[rows, s] = diffusion.per_sample_loss(model_pred, target).cpu()
     _check_finite(loss_NS, images, timesteps)
     return loss_NS
+
+
+def loss_terms(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What a model's losses are made of beside its UNet and its text encoders.
+
+    Only losses of models that share it are of one kind: what is predicted, of which noise levels,
+    in which latents. As JSON.
+    """
+    noise_scheduler, vae = DDPMScheduler.from_config(pipeline.scheduler.config), pipeline.vae
+    weights = [tensor for _, tensor in sorted(vae.state_dict().items())]
+    return {
+        "prediction_type": noise_scheduler.config.prediction_type,
+        "noise_levels": _digest([noise_scheduler.alphas_cumprod]),
+        "vae": _digest([torch.tensor(vae.config.scaling_factor), *weights]),
+    }
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def loss_gap(train_NS: np.ndarray, heldout_NS: np.ndarray, **options: Any) -> Estimate:

@@ -21,6 +21,7 @@ from iet_sd.errors import UserError
 from iet_sd.evaluation.neighbours import nearest
 
 FID_MIN_IMAGES = 10_000  # what the authors of FID ask for
+KID_SUBSET = 1000  # as usual
 CHUNK_ROWS = 2048
 
 
@@ -37,7 +38,7 @@ def kernel_distance(
     a_ND: np.ndarray,
     b_MD: np.ndarray,
     subsets: int = 100,
-    subset_size: int = 1000,
+    subset_size: int = KID_SUBSET,
     seed: int = 0,
 ) -> tuple[float, float]:
     """KID, the squared MMD under (x.y / D + 1)^3 (Bińkowski et al. 2018): mean and spread.

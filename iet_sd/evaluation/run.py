@@ -167,7 +167,9 @@ def evaluate(
         },
         "embedders": [_named(f.embedder) for f in features.values()],  # that of the headline first
         # For compare: what losses depend on, and where the features of the quality measures lie.
-        "losses": _taken(settings, sources["heldout"], losses["heldout"][0]) if losses else None,
+        "losses": (
+            _taken(settings, model, sources["heldout"], losses["heldout"][0]) if losses else None
+        ),
         "quality_features": _quality_files(settings, features, output_dir),
         "measures": [asdict(m) for m in found],
         "verdict": in_words(found),
@@ -232,7 +234,7 @@ def _similarity(
 
 def _whole(features: Features, near: Closeness, by: Resampling) -> list[Measure]:
     """What looks at the whole training set: authenticity, and C_T against held-out images."""
-    found = [measures.authenticity(near.authentic(), by)]
+    found = [measures.authenticity(near.authentic(), near.train.value_QK[:, 0], by)]
     if "heldout" in features:
         sets = (unit(features[name]) for name in ("generated", "train", "heldout"))
         try:
@@ -271,8 +273,10 @@ def _losses(
     return losses
 
 
-def _taken(settings: EvaluateSettings, source: Source, chosen: np.ndarray) -> dict[str, Any]:
-    """What the losses of ``chosen`` images depend on beside the model, the images and the seed."""
+def _taken(
+    settings: EvaluateSettings, model: Model, source: Source, chosen: np.ndarray
+) -> dict[str, Any]:
+    """What the losses of ``chosen`` images depend on beside the UNet, the images and the seed."""
     seed = settings.generation.seed
     captions = [prompt_of(source, i, seed, settings.data) for i in chosen]
     return {
@@ -280,6 +284,7 @@ def _taken(settings: EvaluateSettings, source: Source, chosen: np.ndarray) -> di
         "timesteps": settings.evaluation.membership_timesteps,
         "names": _hashed([source.sample_ids[i] for i in chosen]),  # which settle the noise
         "captions": _hashed(captions),
+        **membership.loss_terms(model.pipeline),
     }
 
 

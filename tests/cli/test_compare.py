@@ -7,17 +7,26 @@ import shutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from iet_sd.cli.main import main
 from tests.cli.reports import report_of
+
+
+def changed(pipeline, part, folder):
+    """A copy of a pipeline with other weights in one part."""
+    shutil.copytree(pipeline, folder)
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file)
+    return folder
 
 
 @pytest.fixture
 def evaluated(flags, pipelines, tmp_path):
     """Folders of two evaluations: of two models on the same prompts."""
     folders = tmp_path / "a", tmp_path / "b"
-    for folder, kind in zip(folders, ("sd1", "sd2"), strict=True):
-        model = pipelines[kind]
+    models = pipelines["sd1"], changed(pipelines["sd1"], "unet", tmp_path / "changed")
+    for folder, model in zip(folders, models, strict=True):
         assert main(flags(pretrained_model_name_or_path=model, output_dir=folder)) == 0
     return [str(folder) for folder in folders]
 
@@ -169,6 +178,33 @@ def test_compare_leaves_out_losses_that_were_taken_otherwise(compared, given, sa
     assert content["left_out"]["heldout_loss"] in text
     assert {"excess_score", "l2_copies"} <= set(content["results"])
     assert "heldout_loss" not in content["results"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("sd2", "losses.prediction_type: 'epsilon' and 'v_prediction'"),
+        ("vae", "losses.vae: "),
+        ("betas", "losses.noise_levels: "),
+    ],
+)
+def test_losses_of_another_kind_of_model_are_not_compared(
+    kind, said, pipelines, compared, tmp_path
+):
+    """Of another target, noise or latents: their difference says nothing of quality."""
+    if kind == "sd2":
+        other = pipelines["sd2"]
+    elif kind == "vae":
+        other = changed(pipelines["sd1"], "vae", tmp_path / "other")
+    else:
+        other = shutil.copytree(pipelines["sd1"], tmp_path / "other")
+        file = other / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.02}))
+    places = [{"pretrained_model_name_or_path": model} for model in (pipelines["sd1"], other)]
+    status, _, content = compared(*places)
+    assert status == 0
+    assert list(content["left_out"]) == ["heldout_loss"]
+    assert said in content["left_out"]["heldout_loss"]
 
 
 def test_what_neither_has_is_not_missed(compared):

@@ -55,7 +55,9 @@ def test_losses_tell_members():
     by = replace(BY, group_H=np.arange(200))
     found = named(losses(heldout[:100] - 0.5, heldout[100:], np.arange(100), by))
     assert found["membership_auc"].value == 1
-    assert found["membership_tpr"].value == 1
+    ends = stats.binomtest(100, 100).proportion_ci()
+    tpr = found["membership_tpr"]
+    assert (tpr.value, tpr.low, tpr.high) == (1, ends.low, ends.high)
     assert found["loss_gap"].low > 0.4
     assert found["heldout_loss"].value == pytest.approx(heldout[100:].mean())
     assert found["membership_tpr"].warning is None
@@ -98,7 +100,8 @@ def test_fidelity_names_what_is_shaky():
     assert list(found)[:3] == ["kid", "kid_spread", "fid"]
     assert {"precision", "recall", "density", "coverage", "vendi"} <= set(found)
     assert found["kid"].low < found["kid"].value < found["kid"].high
-    assert [name for name, m in found.items() if m.warning] == ["fid"]
+    assert [name for name, m in found.items() if m.warning] == ["kid_spread", "fid"]
+    assert "all 40 images" in found["kid_spread"].warning
 
 
 def test_without_prompts_or_groups_to_leave_out_there_is_no_kid():
@@ -183,9 +186,22 @@ def test_where_no_image_or_every_one_is_a_copy_the_bound_is_exact(level):
     assert (copies.value, copies.low, copies.high) == (share, ends.low, ends.high)
     excess = found[f"excess_share_above_{level:g}"]
     assert excess.low < excess.value == 0 < excess.high
-    authentic = measures.authenticity(np.full(G, share > 0), by)
+    authentic = measures.authenticity(np.full(G, share > 0), RNG.random(9), by)
     assert (authentic.low, authentic.high) == (ends.low, ends.high)
+    assert authentic.warning is None
     # In between nothing is other than the bootstrap's.
     alone = named(copying(generated, None, RNG.random(9), heldout, (0.2,), by))
     for name in ("share_above_0.2", "excess_share_above_0.2", "excess_score"):
         assert found[name] == alone[name]
+
+
+def test_authenticity_is_not_trusted_where_training_images_are_there_twice():
+    """A copy with the least of noise on it is then farther from its original than the twin is."""
+    features = RNG.normal(size=(20, 8))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    nearest = lambda others: np.sort(features @ others.T, axis=1)[:, -2]  # noqa: E731
+    by = Resampling(np.arange(4), np.arange(4), resamples=100)
+    for train, warned in ((features, False), (np.concatenate([features, features]), True)):
+        found = measures.authenticity(np.full(4, warned), nearest(train), by)
+        assert (found.warning is not None) == warned
+    assert "20 of 20" in found.warning
