@@ -203,7 +203,7 @@ def _run(
     # Before the UNet takes its room on the device.
     components.device = device
     dataset = cached_images(config, source, components, beforehand, *processes)
-    place(components, config.model, device)
+    place(components, config, device)
     backend = config.model.attention_backend
     attention = enable_attention(components.unet, backend, device, dtype)
     if training.allow_tf32:

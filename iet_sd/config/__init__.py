@@ -102,6 +102,11 @@ class Config(Settings):
                 "--proxy_optimizer average averages moments as numbers, and --use_8bit_adam keeps "
                 "codes of 8 bits for them. Use --proxy_optimizer keep or reset."
             )
+        if self.training.use_8bit_adam and self.model.channels_last:
+            raise UserError(
+                "--use_8bit_adam keeps moments by the order of contiguous weights, which "
+                "--channels_last changes: give one of them."
+            )
         drops = self.method.taa and self.method.taa_leftovers == "drop"
         if drops and self.training.gradient_accumulation_steps > 1:
             raise UserError(

@@ -58,7 +58,7 @@ class ModelConfig:
     """The same as --attention_backend xformers (needs a CUDA GPU and requirements-xformers.txt)."""
     channels_last: bool | None = None
     """Keep UNet and VAE in the memory format that convolutions are fastest in on a GPU; rounded
-    differently. Default: on a CUDA GPU."""
+    differently. Default: on a CUDA GPU, but for --use_8bit_adam, which cannot go with it."""
     torch_compile: bool = False
     """Compile the UNet (torch.compile): minutes at the start, faster steps, rounded differently, so
     that on a CPU too a resumed run is the same to rounding only. Needs a C++ compiler, on a GPU

@@ -102,7 +102,8 @@ class TrainingConfig:
     checkpointing_rounds: int = 1
     """Save a checkpoint after every so many rounds (0: none at all)."""
     checkpointing_steps: int = 500
-    """Save every so many steps within a round too; and when told to stop (Ctrl-C, SIGTERM)."""
+    """Save every so many steps within a round too; and when told to stop (Ctrl-C, SIGTERM), if the
+    last round's end was saved."""
     checkpoints_total_limit: int | None = None
     """Keep only so many checkpoints."""
     resume_from_checkpoint: str | None = None

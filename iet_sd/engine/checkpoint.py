@@ -159,11 +159,11 @@ def load(found: Checkpoint, state: State, identity: dict[str, Any]) -> None:
     require_same(found, identity)
     folder = found.folder
     state.round = found.round
-    state.weights = load_file(folder / "weights.safetensors")
-    state.moments = load_file(folder / "moments.safetensors")
-    state.velocity = load_file(folder / "velocity.safetensors")
-    state.ema = load_file(folder / "ema.safetensors")
-    samples = load_file(folder / "samples.safetensors")
+    state.weights = _read(folder / "weights.safetensors")
+    state.moments = _read(folder / "moments.safetensors")
+    state.velocity = _read(folder / "velocity.safetensors")
+    state.ema = _read(folder / "ema.safetensors")
+    samples = _read(folder / "samples.safetensors")
     state.shard_of_N, state.skips_N = samples["shard_of"], samples["skips"]
     state.probes = json.loads((folder / "probes.json").read_text())
     for event in json.loads((folder / "history.json").read_text()):
@@ -206,7 +206,7 @@ def load_within_round(checkpoint: Path, trainer: Trainer, state: State, process:
         if folder is None:
             break
         state.progress = progress
-        progress.new_skips_N = load_file(folder / "skips.safetensors")["new_skips"]
+        progress.new_skips_N = _read(folder / "skips.safetensors")["new_skips"]
         tensors = _load_proxy(folder, shard, proxy)
         progress.counts, progress.seconds = Counts(**content["counts"]), content["seconds"]
         if content["done"] is None:
@@ -264,6 +264,14 @@ def _shard_done(content: dict[str, Any]) -> ShardDone:
     return ShardDone(**content | {"counts": Counts(**content["counts"])})
 
 
+def _read(file: Path) -> Tensors:
+    """The tensors of a file: copies, since a file that is mapped is not wholly gone when deleted.
+
+    On NFS its folder would stay, and could not be deleted.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
 def _save_proxy(folder: Path, shard: int, proxy: Proxy) -> None:
     bank = proxy.memory.bank
     tensors = {**proxy.tensors(), "bank/value": bank.value_T, "bank/visits": bank.visits_T}
@@ -280,9 +288,8 @@ def _save_proxy(folder: Path, shard: int, proxy: Proxy) -> None:
 
 def _load_proxy(folder: Path, shard: int, proxy: Proxy) -> Tensors:
     """Fill ``proxy`` but for its weights and moments, which are returned."""
-    tensors = load_file(folder / f"proxy-{shard}.safetensors")
-    # Copies: as long as one tensor of a mapped file is held, all of it is.
-    bank = Bank(tensors.pop("bank/value").clone(), tensors.pop("bank/visits").clone())
+    tensors = _read(folder / f"proxy-{shard}.safetensors")
+    bank = Bank(tensors.pop("bank/value"), tensors.pop("bank/visits"))
     rest = json.loads((folder / f"proxy-{shard}.json").read_text())
     proxy.lr_scheduler.load_state_dict(rest["lr_scheduler"])
     # The schedule writes a rate only when it steps; the next update needs the one it last wrote.

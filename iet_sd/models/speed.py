@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from iet_sd.config import ModelConfig
+from iet_sd.config import Config, ModelConfig
 from iet_sd.errors import UserError
 from iet_sd.models.loading import Components
 
@@ -31,19 +31,25 @@ def check_compile(config: ModelConfig, device: torch.device) -> None:
         ) from error
 
 
-def place(components: Components, config: ModelConfig, device: torch.device) -> None:
-    """Move the networks to ``device``, in ``channels_last`` or not; the UNet's first call compiles.
+def memory_format(config: Config, device: torch.device) -> torch.memory_format:
+    """That of the networks on ``device``."""
+    channels_last = config.model.channels_last
+    if channels_last is None:
+        # bitsandbytes makes weights contiguous when it updates them, and not what it remembers.
+        channels_last = device.type == "cuda" and not config.training.use_8bit_adam
+    return torch.channels_last if channels_last else torch.preserve_format
+
+
+def place(components: Components, config: Config, device: torch.device) -> None:
+    """Move the networks to ``device``, in their `memory_format`; the UNet's first call compiles.
 
     All in place: modules, parameters and their names stay.
     """
-    channels_last = config.channels_last
-    if channels_last is None:
-        channels_last = device.type == "cuda"
-    components.to(device, torch.channels_last if channels_last else torch.preserve_format)
-    if config.torch_compile:
+    components.to(device, memory_format(config, device))
+    if config.model.torch_compile:
         # Each size of image and of batch has graphs of its own, with gradient and without.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-        components.unet.compile(mode=config.torch_compile_mode)
+        components.unet.compile(mode=config.model.torch_compile_mode)
 
 
 def _small(numbers: Tensor) -> Tensor:

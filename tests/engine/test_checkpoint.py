@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -55,6 +56,16 @@ def test_resumed_equals_never_stopped(given, trainer_for, settings, tmp_path):
     assert (one / "proxy-0.json").read_bytes() == (other / "proxy-0.json").read_bytes()
     for path in one.glob("*.safetensors"):
         assert equal(load_file(path), load_file(other / path.name)), path.name
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_nothing_of_a_checkpoint_is_held_open(loaded, trainer_for, settings, tmp_path):
+    """So that it can be deleted when a newer one is there, on NFS too."""
+    config = settings(**RUN, checkpointing_steps=1, use_ema=True)
+    run(config, tmp_path, trainer_for, stop_at=3)
+    state = loaded(config, tmp_path)
+    assert state.progress.counts.steps > 0
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_killed_before_every_save_and_every_time_goes_on_exactly(trainer_for, settings, tmp_path):

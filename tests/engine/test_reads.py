@@ -11,6 +11,7 @@ from iet_sd.engine.rounds import ShardDone
 WAITS = (
     *("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"),
     *("__index__", "__contains__", "masked_select", "unique", "equal", "allclose"),
+    *("to", "argwhere", "where", "__getitem__"),
 )
 """Methods of a tensor that give something to this process, or need to know how much there is."""
 
@@ -49,7 +50,9 @@ def test_a_look_at_the_device_is_found_out(name):
     made = (torch.ones(2).as_subclass(OnDevice) * 2).sum()
     with pytest.raises(AssertionError, match=f"{name} waits"):
         getattr(made, name)()
-    for look in (bool, float, int):
+    to_cpu, masked = (lambda t: t.to("cpu")), (lambda t: t[t > 0])
+    looks = (bool, float, int, torch.argwhere, torch.where, to_cpu, masked)
+    for look in looks:
         with pytest.raises(AssertionError, match="waits for the device"):
             look(made)
 

@@ -12,7 +12,7 @@ from iet_sd.config import ModelConfig
 from iet_sd.errors import UserError
 from iet_sd.models import speed
 from iet_sd.models.saving import save_result
-from iet_sd.models.speed import check_compile, place
+from iet_sd.models.speed import check_compile, memory_format, place
 from tests.compare import equal
 from tests.engine import running
 
@@ -29,7 +29,7 @@ def placed(trainer_for):
 
     def make(config, store=None):
         trainer, state = trainer_for(config, store)
-        place(trainer.objective.components, config.model, CPU)
+        place(trainer.objective.components, config, CPU)
         return trainer, state
 
     return make
@@ -52,6 +52,16 @@ def test_on_a_cpu_nothing_changes_unless_asked_for(settings, placed, trainer_for
         modules = [getattr(t.objective.components, part) for t in (trainer, other)]
         assert strides(modules[0]) == strides(modules[1])
         assert modules[0]._compiled_call_impl is None
+
+
+def test_a_gpu_has_it_by_default_but_not_with_moments_of_8_bits(settings):
+    """Whose kernel goes by address through weights that it has made contiguous."""
+    cuda = torch.device("cuda")
+    assert memory_format(settings(), cuda) is torch.channels_last
+    assert memory_format(settings(channels_last=False), cuda) is torch.preserve_format
+    assert memory_format(settings(use_8bit_adam=True), cuda) is torch.preserve_format
+    with pytest.raises(UserError, match=r"--use_8bit_adam .*--channels_last.*give one of them"):
+        settings(use_8bit_adam=True, channels_last=True)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
