@@ -169,7 +169,8 @@ def compare(
     None if one of them is never better than the model before training.
 
     Intervals: prompts, held-out images and seeds are drawn anew, the same for both methods; the
-    levels follow from what is drawn.
+    levels follow from what is drawn. KID and the Fréchet distance are of each picture given the
+    held-out images, which stay as they are in them.
     """
     first, second = paired(first, second)
     shares_L = np.array([*shares, *_AREA])

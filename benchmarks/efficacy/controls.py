@@ -2,8 +2,9 @@
 
 Each takes the rule's own decision on the same losses and deals it out otherwise: the same number of
 samples skipped, augmented or moved, but not the same samples. So a control has the rule's rates
-exactly, on its own run, and differs by the choice alone. A method beyond the paper is swapped in
-in the same way.
+exactly, on its own run, and differs by the choice alone; but for `constant_taa` and `no_skip`, with
+which all samples are augmented, or trained. A method beyond the paper is swapped in in the same
+way.
 
 A swap is a function of no arguments that replaces a part of `iet_sd.engine` in this process, for
 good: it is for a process that trains one model.

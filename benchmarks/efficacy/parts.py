@@ -26,7 +26,7 @@ PARTS = (
     Part("TAA beside AGC", "agc_taa_gentle", "agc"),
     Part("AGC beside TAA", "agc_taa_gentle", "taa_gentle"),
     Part("TAA's strengths, and not dealt out at random", "agc_taa_gentle", "shuffled_gentle"),
-    Part("TAA's strengths, and not one for all", "agc_taa_gentle", "constant_gentle"),
+    Part("TAA of some, and not of all at one strength", "agc_taa_gentle", "constant_gentle"),
     Part("gentle operations, and not RandAugment's", "agc_taa_gentle", "agc_taa"),
     Part("IET", "iet", "plain"),
     Part("AGC in shards", "iet_agc", "iet"),
@@ -46,6 +46,11 @@ PARTS = (
     Part("dropout 0.1", "dropout", "plain"),
     Part("weight decay 1, and not 0.01", "weight_decay", "plain"),
 )
+RATES_KEPT = (
+    " that has the part's rates and not its choice of samples (but for one strength, at which all "
+    "are augmented)"
+)
+"""Of controls, for a text."""
 HELPS, TRADES, LESS, NOTHING, MORE, HURTS = WORDS = (
     "helps",
     "trades",

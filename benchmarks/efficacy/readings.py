@@ -126,8 +126,8 @@ def frechet_of_each(gen_PD: np.ndarray, real_HD: np.ndarray) -> np.ndarray:
     """What each picture adds to the Fréchet distance: float64 (P,), whose mean is the distance.
 
     Around it by leaving each out (Tukey 1958), so that a mean over pictures drawn anew varies as
-    the distance does, to first order. Features are at length 1. So few pictures make it too high,
-    as much so for each method.
+    the distance does, to first order; the held-out images stay as they are. Features are at length
+    1. So few pictures make it too high, by less where they are smoother.
     """
     gen, real = (unit(np.asarray(each, np.float64)) for each in (gen_PD, real_HD))
     centre = real.mean(axis=0)

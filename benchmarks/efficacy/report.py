@@ -20,7 +20,7 @@ from benchmarks.efficacy.pages import (
     place_page,
     rates_page,
 )
-from benchmarks.efficacy.parts import Finding, findings, parts_table
+from benchmarks.efficacy.parts import RATES_KEPT, Finding, findings, parts_table
 from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
@@ -118,8 +118,8 @@ def _parts(found: Sequence[Finding]) -> str:
         return ""
     return (
         "## Part by part\n\nA method against the same one without a part, or with a control in its "
-        "place that has the part's rates and not its choice of samples; the last rows are of other "
-        "settings. *Helps*, *trades* and *hurts* are of excess similarity at equal held-out loss, "
+        f"place{RATES_KEPT}; the last rows are of other settings. *Helps*, *trades* and *hurts* "
+        "are of excess similarity at equal held-out loss, "
         f"by the {MEAN_OF_LEVELS} of the gain; see above. [All numbers]({PAGES}/parts.md).\n\n"
         f"{parts_table(found)}"
     )
@@ -157,8 +157,9 @@ def _frechet(known: Sequence[Place]) -> str:
         return ""
     return (
         "## The Fréchet distance\n\nTo held-out images, of features at length 1, as two Gaussians "
-        "(FID's formula). So few pictures make it too high, as much so for each method: read "
-        "differences. Of captions that were trained on, and not; at equal distance as a "
+        "(FID's formula). So few pictures make it too high (new images of the kind would not have "
+        "0 either), and by less where they are smoother, so that small differences say little. "
+        "Of captions that were trained on, and not; at equal distance as a "
         f"{MEAN_OF_LEVELS} of the gain. Only of runs since it is read.\n\n"
         f"{frechet_table(known)}"
     )
@@ -205,6 +206,8 @@ near-duplicates. With K shards a proxy has 1/K of the updates, unless a row says
   {len(found)} words on parts, {sum(each.number == 1 for each in found)} of them of one seed (those
   are not printed bold). The words are of the mean of levels, which single levels may contradict.
 - **An excess of 0 is not "nothing memorized"**: before training it is {_before(compared)}.
+- Intervals of KID and of the Fréchet distance are given the held-out images, which are not drawn
+  anew in them: they are narrower than those of new images would be.
 - Quality is held-out loss, and KID by two embedders (pixels, and edges: `edges.py`); the Fréchet
   distance, which is biased for so few pictures, of some runs. There is no CLIP score, as no tower
   comes with the repository.
