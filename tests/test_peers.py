@@ -4,7 +4,7 @@ import time
 
 import psutil
 
-from tests.launching import Launched
+from tests.launching import ROOT, Launched
 
 
 def process_of(run, rank):
@@ -51,4 +51,15 @@ def test_the_death_of_one_ends_the_other_with_one_line(argv, tmp_path):
     assert message.startswith("Another process of this run has ended.")
     assert message.endswith("Start all processes again with --resume_from_checkpoint latest.")
     assert "gloo" not in output
-    assert "iet_sd/engine" not in output, "a traceback of ours"
+    assert f'File "{ROOT}' not in output, "a traceback of ours"
+
+
+def test_a_mistake_that_the_main_process_meets_first_is_its_line_alone(argv):
+    """The other waits for it then, to read the data after it."""
+    run = Launched(argv(train_data_dir="nowhere"), processes=2)
+    assert run.wait() != 0
+    output = run.output()
+    assert "error: " in output
+    assert "nowhere" in output
+    assert "gloo" not in output
+    assert f'File "{ROOT}' not in output, "a traceback of ours"

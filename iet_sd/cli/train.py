@@ -58,7 +58,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.engine.beforehand import choose
     from iet_sd.engine.caching import fit
     from iet_sd.engine.checkpoint import require_same
-    from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.collectives import from_main, main_first
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import check_dream
     from iet_sd.engine.optimizer import check_optimizer
@@ -106,7 +106,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         ),
     )
 
-    with accelerator.main_process_first():
+    with main_first(*processes):
         source = load_source(config.data)
         heldout = _load_heldout(config, source)
     for name, reason in source.excluded:
@@ -171,7 +171,7 @@ def _run(
     from iet_sd.engine.caching import cached_images
     from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.checkpointer import Checkpointer
-    from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.collectives import from_main, wait
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
@@ -262,7 +262,7 @@ def _run(
                 checkpointer.after(event)
     if accelerator.is_main_process:
         reporter.finish(len(source.sample_ids))
-    accelerator.wait_for_everyone()
+    wait(accelerator.num_processes)
 
 
 def _load_heldout(config: Config, train: "Source") -> "Source | None":
