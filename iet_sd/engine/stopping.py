@@ -46,11 +46,16 @@ class Signals:
         """From now on, only note a signal."""
         self._held = True
 
-    def release(self, kept: str) -> None:
-        """From now on, end at once, saying what is kept. Errors: `Stopped` if one has come."""
-        self._held, self._kept = False, kept
+    def release(self, kept: str | None = None) -> None:
+        """From now on, end at once, saying what is kept, or what was said before.
+
+        Errors: `Stopped` if one has come.
+        """
+        self._held = False
+        if kept is not None:
+            self._kept = kept
         if self.number is not None:
-            raise Stopped(self.number, kept)
+            raise Stopped(self.number, self._kept)
 
     def __enter__(self) -> "Signals":
         # A signal that is ignored, as by nohup, stays so.
