@@ -6,7 +6,7 @@ import time
 import psutil
 import pytest
 
-from tests.launching import ROOT, Launched
+from tests.launching import ROOT, Launched, finish
 
 
 def process_of(run, rank):
@@ -93,3 +93,13 @@ def test_a_mistake_that_the_main_process_meets_first_is_its_line_alone(argv):
     assert "nowhere" in output
     assert "gloo" not in output
     assert f'File "{ROOT}' not in output, "a traceback of ours"
+
+
+def test_what_becomes_of_a_shard_is_said_whichever_process_has_it(argv):
+    """And once, as is what both find."""
+    far = {"learning_rate": 1e30, "lr_warmup_steps": 0, "on_nonfinite": "skip_batch"}
+    said = finish(argv(**far, num_rounds=1, dream_detail_preservation=2), processes=2)
+    for shard in (0, 1):
+        assert said.count(f"is not finite in round 1, shard {shard}, step 2, samples ") == 1
+        assert said.count(f"round 1, shard {shard} ended after 1 of 2 updates") == 1
+    assert said.count("--dream_detail_preservation: of no effect") == 1
