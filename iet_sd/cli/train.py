@@ -166,7 +166,7 @@ def _run(
     """Load the model, train it round by round, and save the result."""
     import torch
 
-    from iet_sd.cli.output_dir import goes_on_here, make_way
+    from iet_sd.cli.output_dir import make_way
     from iet_sd.engine import plan
     from iet_sd.engine.caching import cached_images
     from iet_sd.engine.checkpoint import require_same
@@ -176,7 +176,6 @@ def _run(
     from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
-    from iet_sd.files import remove_leftovers
     from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
@@ -241,15 +240,16 @@ def _run(
     )
     output_dir = Path(training.output_dir)
     make_repository(config, repository, *processes)
+
+    def take_folder() -> None:
+        make_way(config, found)
+        write_settings(output_dir, config)  # by which the folder is known as a run's
+
+    from_main(take_folder, *processes)
     with open_store(training.proxy_store, output_dir, *processes) as store:
         state = trainer.start(shard_of_N, store)
         checkpointer = Checkpointer(training, trainer, state, shared, signals)
         checkpointer.load(found)
-        if accelerator.is_main_process:
-            if not goes_on_here(found, output_dir):
-                make_way(config)
-            remove_leftovers(output_dir)
-            write_settings(output_dir, config)  # by which the folder is known as a run's
         prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
         prober.begin(source, heldout, found and found.folder)
         checkpointer.begin(found)
