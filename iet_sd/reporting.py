@@ -138,6 +138,7 @@ class Reporter:
                 if (self.output_dir / name).is_file():
                     shutil.copyfile(self.output_dir / name, best / name)
             self._write_card(best, num_samples, "", advice.text, advice.round)
+        self.prober.end()
 
     def _step(self) -> int:
         """The axis of the trackers: steps of all shards, but of ours in the round under way."""
