@@ -132,40 +132,47 @@ class Prober:
         return draw_frontier(self.readings, recommendation, self.probe.embedder.name)
 
     def save_best(self, recommendation: Recommendation | None) -> Path | None:
-        """Save the round to keep, if that is asked for, and delete what is no longer needed.
+        """Save the round to keep, if that is asked for; the folder that has it.
 
-        Returns the folder it is saved in. The last thing that a run does: the live parameters are
-        others afterwards.
+        The live parameters are others afterwards.
         """
-        if not self.on:
+        if not self.on or not self.config.probe.keep_best or recommendation is None:
             return None
-        keeps = self.config.probe.keep_best and recommendation is not None
-        saved = self._save_best(recommendation) if keeps else None
-        shutil.rmtree(self.folder)
-        return saved
-
-    def _save_best(self, recommendation: Recommendation) -> Path | None:
         best = self.output_dir / BEST
-        weights = self.folder / f"round-{recommendation.round}" / _WEIGHTS
-        reading = next(r for r in self.readings if r.round == recommendation.round)
-        numbers = json.dumps(reading.line(), indent=2) + "\n"
-        if not weights.is_file():
-            # As when a run that was through is started again.
-            there = (best / _NUMBERS).is_file() and (best / _NUMBERS).read_text() == numbers
-            if not there:
-                shutil.rmtree(best, ignore_errors=True)
-                logger.warning(
-                    "The weights of round %d, the one to keep, are no longer there, so there is no "
-                    "%s: an earlier run has deleted them at its end, or did not measure the round.",
-                    recommendation.round,
-                    best,
-                )
+        readings = {reading.round: reading for reading in self.readings}
+        numbers = json.dumps(readings[recommendation.round].line(), indent=2) + "\n"
+        # None if there is nothing, or what a run was killed in the middle of.
+        there = (best / _NUMBERS).read_text() if (best / _NUMBERS).is_file() else None
+        if there == numbers:  # as when a run that was through is started again
+            return best
+        if there is not None and (kept := json.loads(there)["round"]) not in readings:
+            logger.warning(
+                "%s stays as it is: it has round %d, of which this run has no reading to compare "
+                "with. Move it elsewhere to keep round %d there.",
+                best,
+                kept,
+                recommendation.round,
+            )
             return None
+        weights = self._weights(recommendation.round)
         shutil.rmtree(best, ignore_errors=True)
+        if not weights.is_file():
+            logger.warning(
+                "The weights of round %d, the one to keep, are no longer there, so there is no "
+                "%s: an earlier run has deleted them at its end, or did not measure the round.",
+                recommendation.round,
+                best,
+            )
+            return None
         copy_into(self.parameters, load_file(weights))
         save_result(self.components, self.config.model, best)
         write_text_atomic(best / _NUMBERS, numbers)
         return best
+
+    def end(self) -> None:
+        """Delete what is needed until the end, the last thing that a run does."""
+        if self.on:
+            shutil.rmtree(self.folder)
 
     def _due(self, event: RoundDone) -> bool:
         """Whether ``eval_every_rounds`` are over since the last round that gave a new model.
@@ -225,10 +232,13 @@ class Prober:
         """
         left = {reading.round for reading in candidates(self.readings, self.probe.group_N)}
         if round in left:
-            with atomic_folder(self.folder / f"round-{round}") as staging:
+            with atomic_folder(self._weights(round).parent) as staging:
                 tensors = {name: tensor.contiguous() for name, tensor in model.items()}
                 save_file(tensors, staging / _WEIGHTS)
         self._delete_weights(all_but=left)
+
+    def _weights(self, round: int) -> Path:
+        return self.folder / f"round-{round}" / _WEIGHTS
 
     def _delete_weights(self, all_but: set[int]) -> None:
         for path in self.folder.glob("round-*"):

@@ -105,7 +105,7 @@ class Reporter:
         if isinstance(event, StepDone):
             self._show_step(event)
         elif isinstance(event, ShardDone):
-            self._show_shard(event)
+            self.steps.reset()
         else:
             self._show_round(event)
 
@@ -138,6 +138,7 @@ class Reporter:
                 if (self.output_dir / name).is_file():
                     shutil.copyfile(self.output_dir / name, best / name)
             self._write_card(best, num_samples, "", advice.text, advice.round)
+        self.prober.end()
 
     def _step(self) -> int:
         """The axis of the trackers: steps of all shards, but of ours in the round under way."""
@@ -156,27 +157,10 @@ class Reporter:
         values = {"step/loss": event.loss, "step/learning_rate": event.learning_rate}
         self.accelerator.log(values, step=self._step())
 
-    def _show_shard(self, event: ShardDone) -> None:
-        self.steps.reset()
-        if self.config.method.step_unit == "update" and event.counts.updates < self.steps.total:
-            counts = event.counts
-            advice = "Lower --agc_threshold."
-            if not counts.skipped:
-                advice = "Look for overflows: lower --learning_rate, or train in bf16 or fp32."
-            logger.warning(
-                "round %d, shard %d ended after %d of %d updates: of %d samples %d were skipped. "
-                "%s",
-                event.round,
-                event.shard,
-                counts.updates,
-                self.steps.total,
-                counts.scored,
-                counts.skipped,
-                advice,
-            )
-
     def _show_round(self, event: RoundDone) -> None:
         self.rounds.update()
+        for shard in event.shards:
+            self._warn_if_short(shard)
         for line in self.metrics.add(event):
             name = f"shard_{line['shard']}" if line["kind"] == "shard" else "round"
             self._log(name, line)
@@ -193,6 +177,25 @@ class Reporter:
                 self._log_picture("validation", picture)
         if self.background is not None:
             self._push_round(event.round)
+
+    def _warn_if_short(self, shard: ShardDone) -> None:
+        """Say that a shard, of whichever process, has made fewer updates than a round has."""
+        counts, updates = shard.counts, self.steps.total
+        if self.config.method.step_unit != "update" or counts.updates >= updates:
+            return
+        advice = "Lower --agc_threshold."
+        if not counts.skipped:
+            advice = "Look for overflows: lower --learning_rate, or train in bf16 or fp32."
+        logger.warning(
+            "round %d, shard %d ended after %d of %d updates: of %d samples %d were skipped. %s",
+            shard.round,
+            shard.shard,
+            counts.updates,
+            updates,
+            counts.scored,
+            counts.skipped,
+            advice,
+        )
 
     def _push_round(self, round: int) -> None:
         """Have the result of a round pushed, if it is due; the last comes by itself."""

@@ -1,10 +1,12 @@
 """A process of several that is killed while another waits for it, under ``accelerate launch``."""
 
+import signal
 import time
 
 import psutil
+import pytest
 
-from tests.launching import Launched
+from tests.launching import ROOT, Launched, finish
 
 
 def process_of(run, rank):
@@ -51,4 +53,53 @@ def test_the_death_of_one_ends_the_other_with_one_line(argv, tmp_path):
     assert message.startswith("Another process of this run has ended.")
     assert message.endswith("Start all processes again with --resume_from_checkpoint latest.")
     assert "gloo" not in output
-    assert "iet_sd/engine" not in output, "a traceback of ours"
+    assert f'File "{ROOT}' not in output, "a traceback of ours"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGTERM, [1]),
+        pytest.param(signal.SIGINT, [0, 1], marks=pytest.mark.slow),
+    ],
+    ids=["the one that waits", "Ctrl-C"],
+)
+def test_a_signal_while_the_main_process_draws_is_obeyed_at_once(number, told, argv, tmp_path):
+    """The round is trained, and the other waits to save it; the launcher's signal ends the rest."""
+    drawing = ["--validation_prompts", *["a cat"] * 99, "--validation_inference_steps", "999"]
+    flags = argv(validation_rounds=1, num_validation_images=99)
+    run = Launched([*flags, *drawing], processes=2)
+    metrics = tmp_path / "output" / "metrics.jsonl"
+    try:
+        run.until(lambda: metrics.exists() and '"round": 1' in metrics.read_text())
+        run.processes()
+        for rank in told:
+            process_of(run, rank).send_signal(number)
+        assert run.wait(60) != 0
+    finally:
+        run.kill()
+    name = signal.Signals(number).name
+    said = f"Stopped by {name}. What was done is saved: go on with --resume_from_checkpoint latest."
+    assert run.output().count(said) == 2
+    assert "Another process" not in run.output()
+
+
+def test_a_mistake_that_the_main_process_meets_first_is_its_line_alone(argv):
+    """The other waits for it then, to read the data after it."""
+    run = Launched(argv(train_data_dir="nowhere"), processes=2)
+    assert run.wait() != 0
+    output = run.output()
+    assert "error: " in output
+    assert "nowhere" in output
+    assert "gloo" not in output
+    assert f'File "{ROOT}' not in output, "a traceback of ours"
+
+
+def test_what_becomes_of_a_shard_is_said_whichever_process_has_it(argv):
+    """And once, as is what both find."""
+    far = {"learning_rate": 1e30, "lr_warmup_steps": 0, "on_nonfinite": "skip_batch"}
+    said = finish(argv(**far, num_rounds=1, dream_detail_preservation=2), processes=2)
+    for shard in (0, 1):
+        assert said.count(f"is not finite in round 1, shard {shard}, step 2, samples ") == 1
+        assert said.count(f"round 1, shard {shard} ended after 1 of 2 updates") == 1
+    assert said.count("--dream_detail_preservation: of no effect") == 1

@@ -138,11 +138,15 @@ def _use_all_cores() -> None:
 
 
 def _set_up_logging(is_main_process: bool) -> None:
-    """Ours at INFO on the main process; libraries at WARNING, and without bars of their own."""
+    """Ours at INFO on the main process; libraries at WARNING, and without bars of their own.
+
+    What others find it finds too, but for what becomes of their shards.
+    """
     import diffusers.utils.logging
     import transformers.utils.logging
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logger.setLevel(logging.INFO if is_main_process else logging.ERROR)
+    logging.getLogger("iet_sd.shards").setLevel(logging.INFO)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

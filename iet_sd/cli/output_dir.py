@@ -14,8 +14,9 @@ from iet_sd import probing
 from iet_sd.arguments import read_yaml
 from iet_sd.config import Config
 from iet_sd.engine import checkpoint
+from iet_sd.engine.store import FOLDER as WAITING
 from iet_sd.errors import UserError
-from iet_sd.files import check_writable
+from iet_sd.files import check_writable, remove_leftovers
 from iet_sd.hub.contents import GRID, PENDING, SETTINGS
 from iet_sd.models.family import PARTS
 from iet_sd.models.layout import INDEX, LORA
@@ -35,7 +36,7 @@ _WRITTEN = re.compile(
             *map(re.escape, (INDEX, *PARTS, LORA, _METRICS, "README.md")),
             *map(re.escape, (KOHYA_LORA, MERGED, NON_EMA_LORA)),
             *(f"{part}{NON_EMA}" for part in PARTS),
-            *map(re.escape, (SETTINGS, GRID, PENDING)),
+            *map(re.escape, (SETTINGS, GRID, PENDING, WAITING)),
             *map(re.escape, (probing.FOLDER, probing.PICTURE, probing.BEST)),
             r"validation-\d+\.png",
             r"checkpoint-\d+",
@@ -87,14 +88,17 @@ def goes_on_here(found: checkpoint.Checkpoint | None, output_dir: Path) -> bool:
     return found is not None and found.folder.resolve().parent == output_dir.resolve()
 
 
-def make_way(config: Config) -> None:
-    """Delete all that an earlier run wrote, and nothing else, if --overwrite_output_dir allows it.
+def make_way(config: Config, found: checkpoint.Checkpoint | None) -> None:
+    """Delete what only a run that was killed could use, and all that another wrote, if allowed.
 
-    On the main process, when all else is ready for training to begin.
+    Nothing else goes: --overwrite_output_dir allows that, for a run that does not go on from it. On
+    the main process, when all else is ready for training to begin, and before proxies wait here.
     """
     output_dir = Path(config.training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not config.training.overwrite_output_dir:
+    shutil.rmtree(output_dir / WAITING, ignore_errors=True)
+    remove_leftovers(output_dir)
+    if goes_on_here(found, output_dir) or not config.training.overwrite_output_dir:
         return
     for path in output_dir.iterdir():
         if _WRITTEN.fullmatch(path.name):

@@ -58,7 +58,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
     from iet_sd.engine.beforehand import choose
     from iet_sd.engine.caching import fit
     from iet_sd.engine.checkpoint import require_same
-    from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.collectives import from_main, main_first
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import check_dream
     from iet_sd.engine.optimizer import check_optimizer
@@ -106,7 +106,7 @@ def _train(config: Config, signals: Signals, at_end: ExitStack) -> None:
         ),
     )
 
-    with accelerator.main_process_first():
+    with main_first(*processes):
         source = load_source(config.data)
         heldout = _load_heldout(config, source)
     for name, reason in source.excluded:
@@ -166,17 +166,16 @@ def _run(
     """Load the model, train it round by round, and save the result."""
     import torch
 
-    from iet_sd.cli.output_dir import goes_on_here, make_way
+    from iet_sd.cli.output_dir import make_way
     from iet_sd.engine import plan
     from iet_sd.engine.caching import cached_images
     from iet_sd.engine.checkpoint import require_same
     from iet_sd.engine.checkpointer import Checkpointer
-    from iet_sd.engine.collectives import from_main
+    from iet_sd.engine.collectives import from_main, wait
     from iet_sd.engine.identity import identity
     from iet_sd.engine.objective import Objective
     from iet_sd.engine.rounds import Trainer
     from iet_sd.engine.store import open_store
-    from iet_sd.files import remove_leftovers
     from iet_sd.hub.card import write_settings
     from iet_sd.models.adapter import lora_pairs, make_trainable
     from iet_sd.models.attention import enable_attention
@@ -241,15 +240,16 @@ def _run(
     )
     output_dir = Path(training.output_dir)
     make_repository(config, repository, *processes)
+
+    def take_folder() -> None:
+        make_way(config, found)
+        write_settings(output_dir, config)  # by which the folder is known as a run's
+
+    from_main(take_folder, *processes)
     with open_store(training.proxy_store, output_dir, *processes) as store:
         state = trainer.start(shard_of_N, store)
         checkpointer = Checkpointer(training, trainer, state, shared, signals)
         checkpointer.load(found)
-        if accelerator.is_main_process:
-            if not goes_on_here(found, output_dir):
-                make_way(config)
-            remove_leftovers(output_dir)
-            write_settings(output_dir, config)  # by which the folder is known as a run's
         prober = Prober(config, components, parameters, state, accelerator.autocast, embedder)
         prober.begin(source, heldout, found and found.folder)
         checkpointer.begin(found)
@@ -262,7 +262,7 @@ def _run(
                 checkpointer.after(event)
     if accelerator.is_main_process:
         reporter.finish(len(source.sample_ids))
-    accelerator.wait_for_everyone()
+    wait(accelerator.num_processes)
 
 
 def _load_heldout(config: Config, train: "Source") -> "Source | None":

@@ -42,6 +42,8 @@ from iet_sd.files import atomic_folder, new_staging, publish, staging_for
 from iet_sd.method.agc import Bank
 
 logger = logging.getLogger(__name__)
+# As in `rounds`.
+shard_logger = logging.getLogger("iet_sd.shards")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -257,7 +259,7 @@ def _within(folder: Path, shard: int) -> Iterator[tuple[Path, dict[str, Any]]]:
         try:
             yield path, unseal(path)
         except UserError as error:
-            logger.warning("%s Its steps are done again.", error)
+            shard_logger.warning("%s Its steps are done again.", error)
 
 
 def _shard_done(content: dict[str, Any]) -> ShardDone:

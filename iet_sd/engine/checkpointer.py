@@ -8,9 +8,10 @@ from typing import Any
 from iet_sd.config import TrainingConfig
 from iet_sd.engine import checkpoint
 from iet_sd.engine.checkpoint import Checkpoint
+from iet_sd.engine.collectives import wait
 from iet_sd.engine.rounds import Event, ShardDone, State, StepDone, Trainer
 from iet_sd.engine.stopping import Signals
-from iet_sd.errors import Stopped
+from iet_sd.errors import Stopped, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ class Checkpointer:
         self.identity = identity
         self.signals = signals
         self.output_dir = Path(config.output_dir)
+        self.last_shard = [*state.proxies][-1]
+        """Of this process, in every round."""
         self.process = f"{trainer.process_index}-of-{trainer.num_processes}"
         self.base: Path | None = None
         """The newest checkpoint of a round's end, after round ``base_round``."""
@@ -65,7 +68,7 @@ class Checkpointer:
             checkpoint.load_within_round(self.base, self.trainer, self.state, self.process)
             where = ", within the next" if self.state.progress else ""
             logger.info("going on after round %d%s, from %s", found.round, where, found.folder)
-        self.signals.hold()
+        self._hold_while_training()
 
     def after(self, event: Event) -> None:
         """Save if it is time to. Errors: `Stopped`, after saving, if a signal has come."""
@@ -78,18 +81,43 @@ class Checkpointer:
                 raise Stopped(self.signals.number, self._kept())
         elif isinstance(event, ShardDone):
             self._save_within_round(event.shard, event)
-            if event.shard == [*self.state.proxies][-1]:
+            if event.shard == self.last_shard:
                 # It waits for other processes now, and would lose nothing.
                 self.signals.release(self._kept())
         else:
-            self.signals.hold()
             steps = sum(shard.counts.steps for shard in event.shards)
             self.steps_of_rounds += steps // self.trainer.num_processes
             if self._stays(event.round) or self._long_ago():
-                self._save_round()
-            self.signals.release(self._kept())
-            if event.round < self.trainer.config.method.num_rounds:
-                self.signals.hold()
+                self._save_held()
+            self._hold_while_training()
+
+    def _hold_while_training(self) -> None:
+        """Hold, unless nothing is left to save. Errors: `Stopped` if a signal has come.
+
+        A process that goes on may have done its shards already.
+        """
+        self.signals.release(self._kept())
+        done = [event.shard for event in self.state.progress.done] if self.state.progress else []
+        is_over = self.state.round == self.trainer.config.method.num_rounds
+        if not is_over and self.last_shard not in done:
+            self.signals.hold()
+
+    def _save_held(self) -> None:
+        """Save the round, which no signal breaks off. Errors: `Stopped` if one has come.
+
+        The main process may draw and measure for long before it saves: who waits ends at once.
+        """
+        wait(self.trainer.num_processes)
+        self.signals.hold()
+        kept = None
+        try:
+            self._save_round()
+            kept = self._kept()
+        except UserError:
+            # Another process has ended: told to, if this one is.
+            if self.signals.number is None:
+                raise
+        self.signals.release(kept)
 
     def _stays(self, round: int) -> bool:
         """Whether the checkpoint of a round is one that was asked for."""

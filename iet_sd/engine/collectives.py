@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from torch import Tensor
@@ -62,6 +63,23 @@ def from_main(function: Callable[[], T], process_index: int, num_processes: int)
     if isinstance(answer[0], UserError):
         raise answer[0]
     return answer[0]
+
+
+def wait(num_processes: int) -> None:
+    """Return when all processes have come here."""
+    if num_processes > 1:
+        with _peers():
+            PartialState().wait_for_everyone()
+
+
+@contextmanager
+def main_first(process_index: int, num_processes: int) -> Iterator[None]:
+    """The main process does the block before all others do, such as to download what they read."""
+    if process_index:
+        wait(num_processes)
+    yield
+    if not process_index:
+        wait(num_processes)
 
 
 def together(work: Callable[[], None], num_processes: int) -> None:

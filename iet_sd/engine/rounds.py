@@ -39,7 +39,8 @@ from iet_sd.method.aggregate import (
 from iet_sd.method.msr import redistribute
 from iet_sd.seeding import seed_for
 
-logger = logging.getLogger(__name__)
+# Of what becomes of a shard: its own process tells, main or not.
+logger = logging.getLogger("iet_sd.shards")
 # A shard whose every batch is skipped makes no updates: its round ends after this many times the
 # batches that the round should take.
 MAX_STEPS_PER_UPDATE = 10

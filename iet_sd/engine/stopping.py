@@ -20,8 +20,9 @@ _SIGNALS = [
 # Of environment variables that a launcher sets: accelerate's, and torchrun's, which it may use.
 _LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _PR_SET_PDEATHSIG = 1
-# Seconds for the main thread to end by itself, which it cannot while it waits for other processes.
-_PATIENCE = 5
+# Seconds for the main thread to take note, which it cannot while it waits for other processes; and
+# then to clean up: a tracker that ends, or proxies on disk that are deleted, may take minutes.
+_PATIENCE, _CLEANING = 5, 300
 
 
 class Signals:
@@ -29,7 +30,8 @@ class Signals:
 
     Only the first counts, but for a Ctrl-C after it, which ends the process as it always does.
     A main thread that is stuck, such as in a wait for another process, cannot raise anything: then
-    a thread of ours ends the process with the same message and status.
+    a thread of ours ends the process with the same message and status. It also ends one that could
+    raise `Stopped`, but is still there when there has been ample time to clean up.
     """
 
     def __init__(self) -> None:
@@ -44,11 +46,16 @@ class Signals:
         """From now on, only note a signal."""
         self._held = True
 
-    def release(self, kept: str) -> None:
-        """From now on, end at once, saying what is kept. Errors: `Stopped` if one has come."""
-        self._held, self._kept = False, kept
+    def release(self, kept: str | None = None) -> None:
+        """From now on, end at once, saying what is kept, or what was said before.
+
+        Errors: `Stopped` if one has come.
+        """
+        self._held = False
+        if kept is not None:
+            self._kept = kept
         if self.number is not None:
-            raise Stopped(self.number, kept)
+            raise Stopped(self.number, self._kept)
 
     def __enter__(self) -> "Signals":
         # A signal that is ignored, as by nohup, stays so.
@@ -85,6 +92,8 @@ class Signals:
             if number not in self._before:
                 continue  # such as of a child that has ended
             time.sleep(_PATIENCE)
+            if self.number is not None:  # the main thread has seen to it
+                time.sleep(_CLEANING)
             if self._before and not self._held:
                 print(f"\n{Stopped(number, self._kept)}", file=sys.stderr, flush=True)
                 os._exit(128 + number)

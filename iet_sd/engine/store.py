@@ -69,7 +69,7 @@ def open_store(
 ) -> Iterator[Store]:
     """The store of a process's shards (k mod P); what is on disk goes away at the end.
 
-    With it goes what killed runs left there.
+    What a killed run left there must be gone before.
     """
     if kind == "memory":
         yield {}

@@ -97,8 +97,12 @@ def test_proxies_on_disk_leave_nothing_and_go_on_from_a_run_in_memory(argv, tmp_
     whole, broken = tmp_path / "output", tmp_path / "broken"
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-1", broken / "checkpoint-1")
-    on_disk = {"output_dir": broken, "resume_from_checkpoint": "latest", "proxy_store": "disk"}
-    assert train(argv(**given, **on_disk)) == 0
+    given |= {"output_dir": broken, "proxy_store": "disk"}
+    (broken / FOLDER).mkdir()
+    (broken / FOLDER / ".tmp4vLq8E").write_text("of a write that was killed")
+    assert train(argv(**given, resume_from_checkpoint="latest")) == 0
     assert equal(result(broken), result(whole))
-    assert not (broken / FOLDER).exists()
+    assert {p.name for p in broken.iterdir()} == {p.name for p in whole.iterdir()}
+    assert train(argv(**given, overwrite_output_dir="")) == 0
+    assert equal(result(broken), result(whole))
     assert {p.name for p in broken.iterdir()} == {p.name for p in whole.iterdir()}

@@ -14,6 +14,7 @@ import pytest
 from iet_sd.arguments import from_layers
 from iet_sd.cli import output_dir
 from iet_sd.cli.output_dir import make_way, open_checkpoint, take_output_dir
+from iet_sd.engine.checkpoint import Checkpoint
 from iet_sd.engine.stopping import Signals
 from iet_sd.errors import Stopped, UserError
 
@@ -39,6 +40,12 @@ RUN = [
     ".partial/unet/config.json",
     ".hub/model_index.json",
     "logs/iet-sd-fine-tune/events.out.tfevents.1",
+]
+# Of use to the run alone that wrote it, which was killed.
+KILLED = [
+    "waiting-proxies/5.safetensors",
+    "waiting-proxies/.tmpAbCdEf",
+    ".metrics.jsonl.0123abcd.partial",
 ]
 OTHERS = [
     "notes.txt",
@@ -88,18 +95,27 @@ def names(folder):
 
 
 def test_all_that_a_run_wrote_goes_and_nothing_else(config, output):
-    folder = output(*RUN, *OTHERS)
-    make_way(config())
+    folder = output(*RUN, *KILLED, *OTHERS)
+    make_way(config(), None)
     assert names(folder) == {*RUN, *OTHERS}, "without being told to"
-    make_way(config(overwrite_output_dir=True))
+    make_way(config(overwrite_output_dir=True), None)
     assert names(folder) == set(OTHERS)
     assert not (folder / "unet").exists()
+
+
+def test_what_a_killed_run_has_no_use_for_goes_in_any_case(config, output):
+    """Also where the run goes on from a checkpoint of it, which nothing else may be taken from."""
+    folder = output(*RUN, *KILLED)
+    found = Checkpoint(folder / "checkpoint-2", 2, {})
+    for overwrite in (False, True):
+        make_way(config(overwrite_output_dir=overwrite), found)
+        assert names(folder) == set(RUN)
 
 
 @pytest.mark.parametrize("logging_dir", [".", "..", "../shared"])
 def test_logs_that_are_not_this_run_s_alone_stay(logging_dir, config, output):
     folder = output("model_index.json", "iet-sd-fine-tune/events", "../shared/other/events")
-    make_way(config(overwrite_output_dir=True, logging_dir=logging_dir))
+    make_way(config(overwrite_output_dir=True, logging_dir=logging_dir), None)
     assert (folder / "../shared/other/events").exists()
     assert (folder / "iet-sd-fine-tune/events").exists() == (logging_dir != ".")
 
@@ -178,7 +194,7 @@ def test_a_link_goes_and_what_it_leads_to_stays(config, output, tmp_path):
     (elsewhere / "config.json").write_text("")
     folder = output("model_index.json")
     (folder / "unet").symlink_to(elsewhere)
-    make_way(config(overwrite_output_dir=True))
+    make_way(config(overwrite_output_dir=True), None)
     assert names(folder) == set()
     assert names(elsewhere) == {"config.json"}
 
@@ -247,7 +263,7 @@ def test_what_a_run_takes_is_as_before_when_it_ends(config, output):
         take_output_dir(config(), at_end)
         assert names(folder) == {"notes.txt", ".lock"}
         assert (folder / ".lock").read_text() == str(os.getpid())
-        make_way(config(overwrite_output_dir=True))
+        make_way(config(overwrite_output_dir=True), None)
         assert names(folder) == {"notes.txt", ".lock"}
     assert names(folder) == {"notes.txt"}
 

@@ -10,12 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from iet_sd import reporting
 from iet_sd.cli.train import train
 from iet_sd.engine import checkpoint
 from iet_sd.engine.rounds import Trainer
 from iet_sd.evaluation.probe import Probe
 from iet_sd.hub.contents import contents
 from iet_sd.probing import Prober
+from tests.cli.test_output_dir import names
 from tests.compare import equal
 from tests.engine.running import timeless
 from tests.launching import finish
@@ -170,6 +172,7 @@ KILLS = {
     "in the reading of round 2": (Probe, "read", 3),
     "before the checkpoint of round 3": (checkpoint, "save", 4),
     "at the end": (Prober, "save_best", 1),
+    "after the weights of the round to keep": (reporting, "write_settings", 1),
 }
 
 
@@ -182,11 +185,12 @@ def test_killed_and_gone_on_is_never_stopped(
     killed(probed(**few), monkeypatch, owner, name, call)
     again = probed(resume_from_checkpoint="latest", **few)
     # The second time all is done already: nothing is lost.
-    for _ in range(2 if owner is Prober else 1):
+    for _ in range(2 if owner in (Prober, reporting) else 1):
         assert train(again) == 0
         assert timeless(output / "metrics.jsonl") == timeless(never_stopped / "metrics.jsonl")
         assert equal(unet(output / "best"), unet(never_stopped / "best"))
         assert equal(unet(output), unet(never_stopped))
+        assert names(output / "best") == names(never_stopped / "best")
         assert not (output / "probe").exists()
         (advice,) = lines(output, "recommendation")
         assert advice["text"] in capsys.readouterr().out
@@ -214,6 +218,22 @@ def test_other_settings_of_the_probe_go_on_with_readings_of_their_own(
     expected = [line for line in lines(never_stopped, "probe") if line["round"] != 1]
     assert lines(output, "probe") == expected
     assert equal(unet(output), unet(never_stopped))
+
+
+def test_a_round_that_was_kept_stays_where_readings_of_other_settings_have_it_no_more(
+    never_stopped, probed, tmp_path, caplog
+):
+    """Of a run that is through only the start and the end can be measured again."""
+    output = tmp_path / "output"
+    shutil.copytree(never_stopped, output)
+    assert train(probed(eval_prompts=5, resume_from_checkpoint="latest")) == 0
+    assert [line["round"] for line in lines(output, "probe")] == [0, 4]
+    (advice,) = lines(never_stopped, "recommendation")
+    assert f"best stays as it is: it has round {advice['round']}, of which" in caplog.text
+    assert names(output / "best") == names(never_stopped / "best")
+    for name in names(output / "best"):
+        assert (output / "best" / name).read_bytes() == (never_stopped / "best" / name).read_bytes()
+    assert not (output / "probe").exists()
 
 
 def test_rounds_that_give_no_new_model_are_not_measured(probed, tmp_path):

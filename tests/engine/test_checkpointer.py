@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from iet_sd.engine import checkpoint
+from iet_sd.engine import checkpointer as module
 from iet_sd.engine.checkpointer import Checkpointer
 from iet_sd.engine.rounds import RoundDone, ShardDone, StepDone
 from iet_sd.engine.stopping import Signals
-from iet_sd.errors import Stopped
+from iet_sd.errors import Stopped, UserError
 from tests.compare import equal
 from tests.engine.running import RUN, resuming, run, same, weights
 
@@ -99,6 +101,57 @@ def test_a_signal_while_waiting_for_others_is_obeyed_at_once(started):
                 break
         with pytest.raises(Stopped, match="What was done is saved"):
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_after_going_on_where_all_is_done_already_is_obeyed_at_once(
+    started, trainer_for, tmp_path
+):
+    """There is no end of a shard to come: it waits for others, or draws."""
+    with Signals() as signals:
+        config, trainer, state, checkpointer = started(signals)
+        for event in trainer.run(state):
+            checkpointer.after(event)
+            if isinstance(event, ShardDone) and event.shard == 1:
+                break
+    trainer, state = trainer_for(config)
+    found = checkpoint.find(tmp_path, "latest")
+    with Signals() as signals:
+        config = replace(config.training, output_dir=str(tmp_path))
+        checkpointer = Checkpointer(config, trainer, state, checkpointer.identity, signals)
+        checkpointer.load(found)
+        checkpointer.begin(found)
+        assert len(state.progress.done) == 2
+        with pytest.raises(Stopped, match="What was done is saved"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_while_others_are_waited_for_before_a_save_is_obeyed_at_once(started, monkeypatch):
+    with Signals() as signals:
+        _, trainer, state, checkpointer = started(signals)
+        event = until(RoundDone, trainer, state, checkpointer)
+        monkeypatch.setattr(module, "wait", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="What was done is saved"):
+            checkpointer.after(event)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_the_end_of_another_process_in_a_save_is_the_signal_s_if_one_came(
+    told, started, monkeypatch
+):
+    def ended():
+        if told:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise UserError("Another process of this run has ended.")
+
+    with Signals() as signals:
+        _, trainer, state, checkpointer = started(signals)
+        event = until(RoundDone, trainer, state, checkpointer)
+        monkeypatch.setattr(checkpointer, "_save_round", ended)
+        with pytest.raises(Stopped if told else UserError) as error:
+            checkpointer.after(event)
+    if told:
+        assert str(error.value).startswith("Stopped by SIGINT. What was done is saved")
+        assert error.value.__context__ is None, "else the command line tells of that"
 
 
 def test_a_signal_while_the_round_is_saved_is_obeyed_after(started, monkeypatch, tmp_path):

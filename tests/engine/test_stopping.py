@@ -73,7 +73,7 @@ def program(text):
 STUCK = """
 import ctypes, sys
 from iet_sd.engine import stopping
-stopping._PATIENCE = 0.2
+stopping._PATIENCE, stopping._CLEANING = 0.2, 0.2
 with stopping.Signals() as signals:
     {mode}
     library, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -105,6 +105,38 @@ def test_a_process_that_holds_is_left_to_finish():
     assert run.poll() is None
     run.kill()
     run.communicate()
+
+
+CLEANING = """
+import sys, time
+from iet_sd.cli.common import status_of
+from iet_sd.engine import stopping
+stopping._PATIENCE, stopping._CLEANING = 0.2, {patience}
+
+def command():
+    with stopping.Signals() as signals:
+        signals.release("All is kept.")
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            time.sleep({takes})
+            print("clean", flush=True)
+
+sys.exit(status_of(command, ""))
+"""
+
+
+@pytest.mark.parametrize(
+    ("takes", "patience", "said"), [(1, 30, "clean\n"), (60, 0.2, "")], ids=["ends", "hangs"]
+)
+def test_a_process_that_cleans_up_has_time_to(takes, patience, said):
+    run = program(CLEANING.format(takes=takes, patience=patience))
+    assert run.stdout.readline() == "ready\n"
+    run.terminate()
+    output, errors = run.communicate(timeout=10)
+    assert (output, errors.strip()) == (said, "Stopped by SIGTERM. All is kept.")
+    assert run.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -73,6 +73,48 @@ said(lambda: collectives.gather([rank], 2))
         ], errors
 
 
+MEETINGS = {
+    "wait": "collectives.wait(2)",
+    "main_first": """
+with collectives.main_first(rank, 2):
+    print("read", flush=True)
+    fails(0, UserError("no such data"))
+""",
+}
+
+
+@pytest.mark.parametrize("meeting", MEETINGS.values(), ids=MEETINGS)
+def test_a_mistake_of_the_main_process_ends_the_wait_of_the_other_in_one_line(meeting, tmp_path):
+    text = f"""
+collectives.gather([0], 2)
+
+def meet():
+    if rank == 0 and "first" not in {meeting!r}:
+        raise UserError("no such data")
+    exec({meeting!r}, globals())
+
+sys.exit(status_of(meet, ""))
+"""
+    main, other = two_processes(text, tmp_path)
+    (_, mistake), (done, errors) = main.communicate(timeout=60), other.communicate(timeout=60)
+    assert mistake.splitlines()[-1] == "error: no such data"
+    assert errors.splitlines()[-1].startswith("error (process 1): Another process of this run has")
+    assert "Traceback" not in errors
+    assert (main.returncode, other.returncode, done) == (2, 2, "")
+
+
+def test_the_main_process_goes_first_and_all_leave_a_wait_together(tmp_path):
+    text = """
+place = store + ".read"
+with collectives.main_first(rank, 2):
+    print(os.path.exists(place), flush=True)
+    open(place, "w").close()
+collectives.wait(2)
+"""
+    main, other = two_processes(text, tmp_path)
+    assert [run.communicate(timeout=60)[0] for run in (main, other)] == ["False\n", "True\n"]
+
+
 def test_a_signal_ends_the_wait_for_the_other(tmp_path):
     text = """
 collectives.gather([0], 2)
