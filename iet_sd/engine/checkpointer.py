@@ -52,20 +52,20 @@ class Checkpointer:
 
     def begin(self, found: Checkpoint | None) -> None:
         """Begin, or go on, after `load` of the same. All processes take part."""
+        saves = self.config.checkpointing_rounds > 0
         if found and found.folder.resolve().parent == self.output_dir.resolve():
-            self.base, self.base_round = found.folder, found.round
+            if saves:
+                self.base, self.base_round = found.folder, found.round
             if self.trainer.process_index == 0:
                 # What came after it is done again, and must not pass for newer.
                 checkpoint.remove_after(self.output_dir, found.round)
-        elif found:
+        elif saves:
             self._save_round()
-            within = found.folder / f"process-{self.process}"
-            if within.is_dir():
+            within = found and found.folder / f"process-{self.process}"
+            if within and within.is_dir():
                 shutil.copytree(within, self.base / within.name)
-        elif self.config.checkpointing_rounds:
-            self._save_round()
         if found:
-            checkpoint.load_within_round(self.base, self.trainer, self.state, self.process)
+            checkpoint.load_within_round(found.folder, self.trainer, self.state, self.process)
             where = ", within the next" if self.state.progress else ""
             logger.info("going on after round %d%s, from %s", found.round, where, found.folder)
         self._hold_while_training()

@@ -40,6 +40,22 @@ def test_which_stay(given, rounds, trainer_for, settings, tmp_path):
     assert not list(tmp_path.rglob(".*"))
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_that_goes_on_and_is_to_write_no_checkpoint_writes_none(
+    elsewhere, trainer_for, settings, tmp_path
+):
+    """From what was done within a round, to the same end."""
+    config, first = settings(**RUN, checkpointing_steps=1), tmp_path / "first"
+    expected = weights(run(config, tmp_path / "whole", trainer_for)[0])
+    run(config, first, trainer_for, stop_at=3)
+    before, folder = set(first.rglob("*")), tmp_path / "second" if elsewhere else first
+    name = str(first / "checkpoint-0") if elsewhere else "latest"
+    trainer, _ = run(resuming(config, name, checkpointing_rounds=0), folder, trainer_for)
+    assert equal(weights(trainer), expected)
+    assert set(first.rglob("*")) == before
+    assert rounds_left(folder) == ([] if elsewhere else [0])
+
+
 @pytest.mark.parametrize(("steps", "base"), [(6, 3), (7, 2), (13, 3), (19, 0)])
 def test_a_round_between_is_saved_once_so_many_steps_are_not(
     steps, base, trainer_for, settings, tmp_path
