@@ -12,7 +12,7 @@ from benchmarks.efficacy import results as files
 from benchmarks.efficacy.analysis import best_reading, verdict
 from benchmarks.efficacy.chart import Line, draw_lines, gallery
 from benchmarks.efficacy.glance import GOAL, budget_table, equal_quality_table, less_by
-from benchmarks.efficacy.parts import RATES_KEPT, Finding, numbers_table
+from benchmarks.efficacy.parts import ABOUT, Finding, numbers_table
 from benchmarks.efficacy.places import Methods, Place, Results, age
 from benchmarks.efficacy.protocol import ROOT
 from benchmarks.efficacy.results import SHOWN_SEED, Result, closest
@@ -293,9 +293,8 @@ def comparisons_page(places: Sequence[Place]) -> str:
 def parts_page(found: Sequence[Finding]) -> str:
     """Each part with all numbers."""
     return (
-        "# Part by part\n\nEach row is a method against the same one without a part, or with a "
-        f"control in its place{RATES_KEPT}; the last ones are of other settings. Excess similarity "
-        f"(pixels); the best of a quality is that which both reach.\n\n{numbers_table(found)}"
+        f"# Part by part\n\nEach row is {ABOUT} Excess similarity (pixels); the best of a quality "
+        f"is that which both reach.\n\n{numbers_table(found)}"
     )
 
 

@@ -46,11 +46,12 @@ PARTS = (
     Part("dropout 0.1", "dropout", "plain"),
     Part("weight decay 1, and not 0.01", "weight_decay", "plain"),
 )
-RATES_KEPT = (
-    " that has the part's rates and not its choice of samples (but for one strength, at which all "
-    "are augmented)"
+ABOUT = (
+    "a method against the same one without a part, or with a control in its place that has the "
+    "part's rates and not its choice of samples (but for one strength, at which all are "
+    "augmented); the last rows are of other settings."
 )
-"""Of controls, for a text."""
+"""What a row of a table of parts is."""
 HELPS, TRADES, LESS, NOTHING, MORE, HURTS = WORDS = (
     "helps",
     "trades",

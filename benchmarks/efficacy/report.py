@@ -20,7 +20,7 @@ from benchmarks.efficacy.pages import (
     place_page,
     rates_page,
 )
-from benchmarks.efficacy.parts import RATES_KEPT, Finding, findings, parts_table
+from benchmarks.efficacy.parts import ABOUT, Finding, findings, parts_table
 from benchmarks.efficacy.places import Place, Results, places, rate_of
 from benchmarks.efficacy.protocol import Protocol
 from benchmarks.efficacy.results import SHOWN_SEED, Result
@@ -117,9 +117,8 @@ def _parts(found: Sequence[Finding]) -> str:
     if not found:
         return ""
     return (
-        "## Part by part\n\nA method against the same one without a part, or with a control in its "
-        f"place{RATES_KEPT}; the last rows are of other settings. *Helps*, *trades* and *hurts* "
-        "are of excess similarity at equal held-out loss, "
+        f"## Part by part\n\nEach row is {ABOUT} *Helps*, *trades* and *hurts* are of excess "
+        "similarity at equal held-out loss, "
         f"by the {MEAN_OF_LEVELS} of the gain; see above. [All numbers]({PAGES}/parts.md).\n\n"
         f"{parts_table(found)}"
     )
