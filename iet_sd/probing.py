@@ -241,8 +241,9 @@ class Prober:
         return self.folder / f"round-{round}" / _WEIGHTS
 
     def _delete_weights(self, all_but: set[int]) -> None:
+        kept = {self._weights(round).parent for round in all_but}
         for path in self.folder.glob("round-*"):
-            if path.name not in {f"round-{round}" for round in all_but}:
+            if path not in kept:
                 shutil.rmtree(path)
 
 

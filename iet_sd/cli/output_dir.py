@@ -73,7 +73,7 @@ def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
     training = config.training
     output_dir = Path(training.output_dir)
     found = checkpoint.find(output_dir, training.resume_from_checkpoint)
-    if training.dry_run or goes_on_here(found, output_dir):
+    if training.dry_run or checkpoint.goes_on_here(found, output_dir):
         return found
     _check_nothing_of_others(output_dir)
     if not training.overwrite_output_dir:
@@ -81,11 +81,6 @@ def open_checkpoint(config: Config) -> checkpoint.Checkpoint | None:
         restarts = training.resume_from_checkpoint == "latest"
         _check_nothing_lost(output_dir, _RESULTS if restarts else _RECORDS)
     return found
-
-
-def goes_on_here(found: checkpoint.Checkpoint | None, output_dir: Path) -> bool:
-    """Whether the run goes on from a checkpoint of its own output folder."""
-    return found is not None and found.folder.resolve().parent == output_dir.resolve()
 
 
 def make_way(config: Config, found: checkpoint.Checkpoint | None) -> None:
@@ -98,7 +93,8 @@ def make_way(config: Config, found: checkpoint.Checkpoint | None) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(output_dir / WAITING, ignore_errors=True)
     remove_leftovers(output_dir)
-    if goes_on_here(found, output_dir) or not config.training.overwrite_output_dir:
+    goes_on = checkpoint.goes_on_here(found, output_dir)
+    if goes_on or not config.training.overwrite_output_dir:
         return
     for path in output_dir.iterdir():
         if _WRITTEN.fullmatch(path.name):

@@ -34,6 +34,7 @@ from iet_sd.engine.collectives import together
 from iet_sd.engine.identity import differences
 from iet_sd.engine.proxy import Proxy
 from iet_sd.engine.rounds import RoundDone, ShardDone, State, Trainer
+from iet_sd.engine.rounds import logger as shard_logger
 from iet_sd.engine.sealed import MANIFEST, seal, unseal
 from iet_sd.engine.step import Counts, Memory, Pending
 from iet_sd.engine.store import Tensors
@@ -42,8 +43,6 @@ from iet_sd.files import atomic_folder, new_staging, publish, staging_for
 from iet_sd.method.agc import Bank
 
 logger = logging.getLogger(__name__)
-# As in `rounds`.
-shard_logger = logging.getLogger("iet_sd.shards")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -55,6 +54,11 @@ class Checkpoint:
     round: int
     identity: dict[str, Any]
     """Of the run that made it (`iet_sd.engine.identity`)."""
+
+
+def goes_on_here(found: Checkpoint | None, output_dir: Path) -> bool:
+    """Whether the run goes on from a checkpoint of its own output folder."""
+    return found is not None and found.folder.resolve().parent == output_dir.resolve()
 
 
 def find(output_dir: Path, name: str | None) -> Checkpoint | None:

@@ -53,7 +53,7 @@ class Checkpointer:
     def begin(self, found: Checkpoint | None) -> None:
         """Begin, or go on, after `load` of the same. All processes take part."""
         saves = self.config.checkpointing_rounds > 0
-        if found and found.folder.resolve().parent == self.output_dir.resolve():
+        if checkpoint.goes_on_here(found, self.output_dir):
             if saves:
                 self.base, self.base_round = found.folder, found.round
             if self.trainer.process_index == 0:
